@@ -1,0 +1,220 @@
+"""Getting files here whole: one error type, checked downloads, a cache written atomically."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+
+logger = logging.getLogger(__name__)
+
+FIX = (
+    "point the environment variable STIMAGE_ROOT at a folder in the dataset's layout that has this "
+    "file, or connect to the internet so that it can be fetched from the Hugging Face hub"
+)
+
+
+class DataError(ValueError):
+    """Data that cannot be used, said so that the reader can mend it.
+
+    Parameters
+    ----------
+    what
+        What is wrong.
+    slide, file
+        Where: the slide's official name and the file.
+    fix
+        What to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        slide: str | None = None,
+        file: Path | None = None,
+        fix: str | None = None,
+    ) -> None:
+        where = ", ".join(
+            [f"slide {slide}"] * (slide is not None) + [f"file {file}"] * (file is not None)
+        )
+        super().__init__(
+            (f"{where}: " if where else "") + what + (f". Fix: {fix}." if fix else ".")
+        )
+        self.slide, self.file = slide, file
+
+
+def cache_dir() -> Path:
+    """Return the folder for what the book computes: ``STIMAGE_CACHE``, else the user's cache.
+
+    Raises
+    ------
+    DataError
+        When nothing can be written there.
+    """
+    given = os.environ.get("STIMAGE_CACHE")
+    folder = Path(given).expanduser() if given else platformdirs.user_cache_path("stimage-book")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"the cache cannot be written ({error.strerror})",
+            file=folder,
+            fix="set STIMAGE_CACHE to a folder that you may write to",
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; move it to `path` only when all went well.
+
+    Works for a file or a folder. A run that dies midway leaves `path` as it was. When another
+    process has written the same folder meanwhile, its result stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = scratch / path.name
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            return
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Return a short text that changes when the file does: name, size, time, both ends."""
+    stat = path.stat()
+    with path.open("rb") as file:
+        ends = file.read(65536)
+        file.seek(max(0, stat.st_size - 65536))
+        ends += file.read(65536)
+    return digest(
+        name=path.name,
+        size=stat.st_size,
+        time=stat.st_mtime_ns,
+        ends=hashlib.sha256(ends).hexdigest(),
+    )
+
+
+def digest(**settings: object) -> str:
+    """Return a short text that stands for the settings: the key of what was computed with them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
+
+def from_hub(
+    dataset: str, revision: str, path: PurePosixPath, *, slide: str | None, tried: Path | None
+) -> Path:
+    """Fetch one file of a dataset at a pinned revision into the hub's own cache.
+
+    Parameters
+    ----------
+    dataset, revision, path
+        What to fetch: ``owner/name``, a commit, a path inside the dataset.
+    slide, tried
+        For the message: which slide needs it, and which local root lacks it.
+
+    Raises
+    ------
+    DataError
+        When the hub cannot be reached, lacks the file, or sends bytes that do not match their hash.
+    """
+    import httpx
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    where = f"looked in {tried}" if tried else "STIMAGE_ROOT is not set"
+    arguments = {"filename": str(path), "repo_type": "dataset", "revision": revision}
+    if isinstance(cached := hub.try_to_load_from_cache(dataset, **arguments), str):
+        return Path(cached)
+    if not hub.constants.HF_HUB_OFFLINE and not _reachable(hub.constants.ENDPOINT):
+        raise DataError(
+            f"{path} is not here ({where}) and the hub cannot be reached", slide=slide, fix=FIX
+        )
+    try:
+        logger.info("fetching %s from the hub", path)
+        file = Path(hub.hf_hub_download(dataset, **arguments))
+    except LocalEntryNotFoundError as error:
+        raise DataError(
+            f"{path} is not here ({where}) and the hub cannot be reached", slide=slide, fix=FIX
+        ) from error
+    except EntryNotFoundError as error:
+        raise DataError(
+            f"{path} is not here ({where}) and not on the hub at revision {revision[:8]}",
+            slide=slide,
+            fix=FIX,
+        ) from error
+    except (hub.errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise DataError(
+            f"fetching {path} from the hub failed: {error}", slide=slide, fix=FIX
+        ) from error
+    _verify_blob(file, slide)
+    return file
+
+
+def _reachable(url: str) -> bool:
+    """Say within seconds whether a host answers, where the hub's client would retry for long."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (urllib.error.URLError, TimeoutError):
+        return False
+    return True
+
+
+def fetch(url: str, sha256: str, slide: str | None = None) -> bytes:
+    """Read a small file from the web; refuse it when its SHA-256 is not the one given."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            data = response.read()
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise DataError(f"{url} cannot be fetched: {error}", slide=slide, fix=FIX) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(
+            f"the bytes of {url} do not match their pinned hash",
+            slide=slide,
+            fix="try again; if it stays so, the file has changed: tell the authors of this book",
+        )
+    return data
+
+
+def _verify_blob(file: Path, slide: str | None) -> None:
+    """Check a fetched file against the hash that names it in the hub's cache."""
+    blob = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        actual = sha256(blob)
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):  # git's own hash: sha1 of a header and the bytes
+        data = blob.read_bytes()
+        actual = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    else:  # a file system without links: the hub's client compared the size, no more can be done
+        return
+    if actual != blob.name:
+        blob.unlink()
+        raise DataError(
+            "its bytes do not match their hash; it was deleted",
+            slide=slide,
+            file=file,
+            fix="fetch it again",
+        )

@@ -1,0 +1,166 @@
+"""A reader's own slide, from Space Ranger or h5ad to the AnnData that every chapter takes."""
+
+import json
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from helpers.files import DataError
+from helpers.slides import attach_image, shared_ids
+
+logger = logging.getLogger(__name__)
+
+
+def read_space_ranger(
+    folder: Path | str, *, image_file: Path | str | None = None, slide: str | None = None
+) -> ad.AnnData:
+    """Read the output of 10x Space Ranger (the folder ``outs``, or one binned output of Visium HD).
+
+    Parameters
+    ----------
+    folder
+        Holds ``filtered_feature_bc_matrix.h5`` and ``spatial/``.
+    image_file
+        The full-resolution image given to Space Ranger, which it does not copy. Without it the
+        ``tissue_hires_image.png`` of at most 2,000 px serves, and coordinates are scaled to it.
+    slide
+        A name for the slide; the folder's when not given.
+
+    Returns
+    -------
+    AnnData laid out as the module says.
+
+    Raises
+    ------
+    DataError
+        When a file is missing or damaged, or spots do not fit the image.
+    """
+    import scanpy as sc
+
+    folder = Path(folder)
+    slide = slide or folder.resolve().name
+    matrix = _need(folder / "filtered_feature_bc_matrix.h5", slide)
+    factors = json.loads(_need(folder / "spatial" / "scalefactors_json.json", slide).read_text())
+    try:
+        adata = sc.read_10x_h5(matrix)
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"not a 10x count matrix ({error})", slide=slide, file=matrix) from error
+    positions = _space_ranger_positions(folder / "spatial", slide)
+    shared = shared_ids(
+        positions.index[positions["in_tissue"] == 1], adata.obs_names, slide, matrix
+    )
+    adata = _unique_genes(adata[shared].copy(), slide, matrix)
+    tech = "VisiumHD" if "bin_size_um" in factors else "Visium"
+    scale, factor = factors.get("microns_per_pixel"), 1.0
+    if image_file is None:
+        image_file = _need(folder / "spatial" / "tissue_hires_image.png", slide)
+        factor = factors["tissue_hires_scalef"]
+        logger.warning(
+            "slide %s: no full image given; tiles will be as coarse as %s", slide, image_file
+        )
+    positions = positions.loc[shared]
+    adata.obsm["spatial"] = factor * positions[["x", "y"]].to_numpy(float)
+    adata.obs[["array_x", "array_y"]] = positions[["array_col", "array_row"]].to_numpy(int)
+    return _own(adata, slide, Path(image_file), tech, scale / factor if scale else None)
+
+
+def read_h5ad(
+    path: Path | str,
+    *,
+    image_file: Path | str,
+    tech: str = "Visium",
+    um_per_px: float | None = None,
+    slide: str | None = None,
+) -> ad.AnnData:
+    """Read a slide from h5ad: raw counts in ``X`` or ``layers["counts"]``, ``obsm["spatial"]``.
+
+    Parameters
+    ----------
+    path
+        The file.
+    image_file
+        The image whose px ``obsm["spatial"]`` (x, y) counts.
+    tech, um_per_px
+        The array, from whose geometry the scale is derived, or the scale itself.
+    slide
+        A name for the slide; the file's when not given.
+
+    Raises
+    ------
+    DataError
+        When counts or coordinates are missing, not raw, or do not fit the image.
+    """
+    path = Path(path)
+    slide = slide or path.stem
+    try:
+        adata = ad.read_h5ad(_need(path, slide))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"not an h5ad file ({error})", slide=slide, file=path) from error
+    if "spatial" not in adata.obsm:
+        raise DataError('obsm["spatial"] (x, y in px) is missing', slide=slide, file=path)
+    adata.obsm["spatial"] = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]
+    matrix = sparse.csr_matrix(adata.layers.get("counts", adata.X), dtype=np.float32)
+    if (matrix.data < 0).any() or (matrix.data != np.round(matrix.data)).any():
+        raise DataError(
+            "the counts are not whole numbers: they were normalised",
+            slide=slide,
+            file=path,
+            fix='put the raw counts into X or layers["counts"]',
+        )
+    adata.X = matrix
+    return _own(_unique_genes(adata, slide, path), slide, Path(image_file), tech, um_per_px)
+
+
+def _own(
+    adata: ad.AnnData, slide: str, image_file: Path, tech: str, scale: float | None
+) -> ad.AnnData:
+    """Give a reader's own slide the columns that the dataset's slides have."""
+    if adata.n_obs == 0:
+        raise DataError("the slide is empty", slide=slide)
+    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    adata.obs_names = slide + "_" + adata.obs_names.astype(str)
+    for key, value in {"slide": slide, "donor": slide, "group": slide, "study": "own"}.items():
+        if key not in adata.obs:
+            adata.obs[key] = pd.Categorical([value] * adata.n_obs)
+    if "label" not in adata.obs:
+        adata.obs["label"] = pd.Categorical([np.nan] * adata.n_obs)
+    image_file = _need(image_file, slide)
+    return attach_image(adata, slide, image_file, tech, radius_px=None, image=True, scale=scale)
+
+
+def _unique_genes(adata: ad.AnnData, slide: str, file: Path) -> ad.AnnData:
+    """Make gene symbols unique by numbering repeats, as scanpy does, and log it."""
+    if twice := int(adata.var_names.duplicated().sum()):
+        logger.warning("slide %s, file %s: %d gene symbols repeat; numbered", slide, file, twice)
+        adata.var_names_make_unique()
+    return adata
+
+
+def _need(path: Path, slide: str) -> Path:
+    """Return the path when it is a file."""
+    if not path.is_file():
+        raise DataError("the file is missing", slide=slide, file=path, fix="check the folder")
+    return path
+
+
+def _space_ranger_positions(folder: Path, slide: str) -> pd.DataFrame:
+    """Read spot positions as any version of Space Ranger writes them; x, y in px."""
+    names = ["barcode", "in_tissue", "array_row", "array_col", "y", "x"]
+    for name in ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:  # the older file has no header
+            table = pd.read_csv(path, header=None if name.endswith("_list.csv") else 0)
+        if table.shape[1] != len(names):
+            raise DataError(f"{table.shape[1]} columns, not 6", slide=slide, file=path)
+        return table.set_axis(names, axis=1).set_index("barcode")
+    raise DataError(
+        "no tissue_positions file", slide=slide, file=folder, fix="copy the whole folder spatial/"
+    )

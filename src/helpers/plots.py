@@ -1,0 +1,143 @@
+"""Figures that the book draws more than once."""
+
+from collections.abc import Sequence
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle
+
+from helpers import slides
+
+WIDTH = 7.0  # inches: the widest figure of the book, so that it reads on a page and a phone
+UNLABELLED = "#b0b0b0"
+
+
+def style() -> None:
+    """Set the look of every figure: colour-blind-safe palette, readable sizes."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    plt.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 3.6),
+            "figure.dpi": 100,
+            "savefig.dpi": 150,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "image.interpolation": "antialiased",
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def colours(names: Sequence[str]) -> dict[str, tuple]:
+    """Return one colour-blind-safe colour per name, the same for the same list."""
+    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+
+
+def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
+    """Draw a scale bar of a round length.
+
+    Parameters
+    ----------
+    ax
+        Axes that show an image.
+    um_per_px
+        um per px of the image as shown.
+    colour
+        Of the bar and its text.
+    """
+    from matplotlib_scalebar.scalebar import ScaleBar
+
+    ax.add_artist(
+        ScaleBar(
+            um_per_px,
+            "um",
+            length_fraction=0.3,
+            location="lower right",
+            color=colour,
+            box_alpha=0.6,
+            font_properties={"size": "small"},
+        )
+    )
+
+
+def tissue(adata: ad.AnnData, slide: str | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw the image of a slide, with a scale bar; axes in px of the full image.
+
+    Parameters
+    ----------
+    adata
+        As `helpers.slides` loads it, with its image.
+    slide
+        Its name; may be left out when `adata` holds one slide.
+    ax
+        Where to draw; new axes when not given.
+    """
+    slide = slide or next(iter(adata.uns["spatial"]))
+    known = adata.uns["spatial"][slide]
+    ax = ax or plt.subplots(figsize=(4.5, 4.5))[1]
+    width, height = known["metadata"]["width_px"], known["metadata"]["height_px"]
+    ax.imshow(known["images"]["hires"], extent=(0, width, height, 0))
+    scale_bar(ax, slides.um_per_px(adata, slide))
+    ax.set(xticks=[], yticks=[])
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+
+def spots(
+    adata: ad.AnnData,
+    values: str | np.ndarray | pd.Series,
+    *,
+    ax: Axes | None = None,
+    cmap: str = "viridis",
+    alpha: float = 0.85,
+    image: bool = True,
+    legend: bool = True,
+) -> Axes:
+    """Draw the spots of one slide at their true size, coloured by a label or a number.
+
+    Parameters
+    ----------
+    adata
+        One slide.
+    values
+        A column of ``obs``, a gene, or one value per spot. Categories get one colour each, in
+        their order; spots without one are grey.
+    ax, cmap, alpha
+        Where and how to draw.
+    image
+        Draw the tissue below.
+    legend
+        Name the categories, or draw a colour bar.
+    """
+    if isinstance(values, str):
+        values = adata.obs[values] if values in adata.obs else adata.obs_vector(values)
+    ax = tissue(adata, ax=ax) if image else ax or plt.subplots(figsize=(4.5, 4.5))[1]
+    radius = slides.spot_side_px(adata) / 2
+    if isinstance(getattr(values, "dtype", None), pd.CategoricalDtype):
+        palette = colours(list(values.cat.categories))
+        face = [palette.get(v, UNLABELLED) for v in values]
+        handles = [
+            plt.Line2D([], [], marker="o", linestyle="", color=c, label=n)
+            for n, c in palette.items()
+        ]
+        if legend and handles:
+            ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    else:
+        values = np.asarray(values, dtype=float)
+        scale = plt.cm.ScalarMappable(plt.Normalize(np.nanmin(values), np.nanmax(values)), cmap)
+        face = scale.to_rgba(values)
+        if legend:
+            ax.figure.colorbar(scale, ax=ax, shrink=0.7)
+    for (x, y), colour in zip(adata.obsm["spatial"], face, strict=True):
+        ax.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor="none", alpha=alpha))
+    if not image:
+        ax.set_aspect("equal")
+        ax.autoscale_view()
+        ax.invert_yaxis()
+        scale_bar(ax, slides.um_per_px(adata))
+        ax.set(xticks=[], yticks=[])
+    return ax

@@ -1,0 +1,373 @@
+"""One slide, from its files on disk to one validated AnnData.
+
+Whatever the files were (the dataset's official layout, a Space Ranger folder, an h5ad), the result
+has the same shape, so that every later chapter takes a reader's own slide as it takes the book's:
+
+``X`` raw counts (CSR, float32); ``obs`` with `slide`, `donor`, `group`, `study`, `label`;
+``obsm["spatial"]`` x, y in px of the full image; ``uns["spatial"][slide]`` as squidpy expects it
+(`images`, `scalefactors`, `metadata`), plus `um_per_px`.
+"""
+
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+from tqdm.auto import tqdm
+
+from helpers import catalog, counts, images
+from helpers.files import DataError
+
+logger = logging.getLogger(__name__)
+
+SPOT_UM = {"ST": 100.0, "Visium": 55.0, "VisiumHD": 8.0}  # diameter of a spot, side of a bin
+PITCH_UM = {"ST": 200.0, "Visium": 100.0, "VisiumHD": 8.0}  # centre to centre
+MIN_SHARED = 0.8  # of the shorter id list; below it the files belong to different slides
+HIRES_SIDE = 2000  # px, the longest side of the image kept for plotting
+NO_LABEL = ("", "undetermined", "nan", "NA")
+
+
+def load_study(
+    name: str, *, root: Path | str | None = None, image: bool = True
+) -> dict[str, ad.AnnData]:
+    """Load every slide of a study of the book, in its order.
+
+    Parameters
+    ----------
+    name
+        ``"demo"`` (simulated on the spot when it is not in the cache), ``"mob"``, ``"her2st"`` or
+        ``"dlpfc"``.
+    root
+        A local copy of the dataset; ``STIMAGE_ROOT``, then the hub, when not given.
+    image
+        Also read each image, scaled down, for plots and for the check that spots lie on tissue.
+
+    Returns
+    -------
+    dict from slide name to AnnData; see `load`.
+    """
+    study = catalog.study(name)
+    bar = tqdm(study.sections, desc=f"{name}: slides", unit="slide")
+    return {s.slide: load(s.slide, root=root, study=name, image=image) for s in bar}
+
+
+def load(
+    slide: str, *, root: Path | str | None = None, study: str | None = None, image: bool = True
+) -> ad.AnnData:
+    """Load one slide of the dataset and check it.
+
+    Parameters
+    ----------
+    slide
+        Official name.
+    root, image
+        As in `load_study`.
+    study
+        The book's study the slide belongs to; found by the slide's name when not given.
+
+    Returns
+    -------
+    AnnData of shape (n_spots, n_genes), laid out as the module says. Spots are those with both
+    coordinates and counts, in the order of the coordinate file.
+
+    Raises
+    ------
+    DataError
+        When a file is missing or damaged, the spot ids of two files do not match, a spot lies
+        outside the image, or most spots lie off the tissue (as when x and y are swapped).
+    """
+    home = _study_of(slide, study)
+    if home is not None and home.name == "demo" and root is None:
+        from helpers import simulate
+
+        root = simulate.demo_root()
+    section = home.section(slide) if home else None
+    tech = section.tech if section else catalog.technology(slide, root=root)
+
+    coord = _read_coordinates(catalog.find(slide, "coord", tech=tech, root=root), slide)
+    count_path = catalog.find(slide, "gene_exp", tech=tech, root=root)
+    table = counts.load(count_path, slide=slide)
+    shared = shared_ids(coord.index, table.spots, slide, count_path)
+    coord = coord.loc[shared]
+
+    adata = ad.AnnData(
+        X=table.X[table.spots.get_indexer(shared)],
+        obs=pd.DataFrame(index=shared.rename(None)),
+        var=pd.DataFrame(index=table.genes.rename(None)),
+        obsm={"spatial": coord[["xaxis", "yaxis"]].to_numpy(float)},
+    )
+    array = shared.str.extract(r"_(\d+)x(\d+)$").astype(float).to_numpy()
+    if np.isfinite(array).all():
+        adata.obs[["array_x", "array_y"]] = array.astype(int)
+    adata.obs["label"] = _labels(slide, section, root, adata.obs_names)
+    for key, value in {
+        "slide": slide,
+        "donor": section.donor if section else slide,
+        "group": section.group if section else slide,
+        "study": home.name if home else "own",
+    }.items():
+        adata.obs[key] = pd.Categorical([value] * adata.n_obs)
+    if home is not None:
+        order = [name for name in home.labels if name in set(adata.obs["label"].dropna())]
+        rest = sorted(set(adata.obs["label"].dropna()) - set(order))
+        adata.obs["label"] = pd.Categorical(adata.obs["label"], categories=order + rest)
+    path = catalog.find(slide, "image", tech=tech, root=root)
+    radius = float(coord["r"].median())
+    return attach_image(adata, slide, path, tech, radius_px=radius, image=image)
+
+
+def um_per_px(adata: ad.AnnData, slide: str | None = None) -> float:
+    """Return how many microns one px of the full image spans."""
+    return float(_spatial(adata, slide)["um_per_px"])
+
+
+def image_path(adata: ad.AnnData, slide: str | None = None) -> Path:
+    """Return the path of the full image."""
+    return Path(_spatial(adata, slide)["metadata"]["image_path"])
+
+
+def spot_side_px(adata: ad.AnnData, slide: str | None = None) -> float:
+    """Return the diameter of a spot in px of the full image: the side of the paper's sub-tile."""
+    return float(_spatial(adata, slide)["scalefactors"]["spot_diameter_fullres"])
+
+
+def _spatial(adata: ad.AnnData, slide: str | None) -> dict:
+    known = adata.uns["spatial"]
+    if slide is None and len(known) > 1:
+        raise DataError(f"this AnnData holds {len(known)} slides", fix=f"name one of {list(known)}")
+    return known[slide or next(iter(known))]
+
+
+# --------------------------------------------------------------------------- the official files
+
+
+def _study_of(slide: str, name: str | None) -> catalog.Study | None:
+    """Return the study called `name`, else the first one that has the slide, else None."""
+    if name is not None:
+        return catalog.study(name)
+    for study in catalog.STUDIES.values():
+        if any(section.slide == slide for section in study.sections):
+            return study
+    return None
+
+
+def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
+    """Read spot centres: index = spot id, columns `xaxis`, `yaxis`, `r` in px."""
+    try:
+        coord = pd.read_csv(path, index_col=0, dtype={0: str})
+    except (ValueError, OSError) as error:
+        raise DataError(f"not a table of coordinates ({error})", slide=slide, file=path) from error
+    if missing := {"xaxis", "yaxis", "r"} - set(coord.columns):
+        raise DataError(f"the columns {sorted(missing)} are missing", slide=slide, file=path)
+    if coord.empty:
+        raise DataError("the slide is empty: no spot has coordinates", slide=slide, file=path)
+    coord.index = coord.index.astype(str)
+    if coord.index.has_duplicates:
+        twice = coord.index[coord.index.duplicated()][0]
+        raise DataError(f"the spot id {twice} stands twice", slide=slide, file=path)
+    values = coord[["xaxis", "yaxis", "r"]].apply(pd.to_numeric, errors="coerce")
+    if bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        raise DataError(f"{bad} spots have no number for x, y or r", slide=slide, file=path)
+    if (values["r"] <= 0).any():
+        raise DataError("the spot radius r must be above 0 px", slide=slide, file=path)
+    return values
+
+
+def shared_ids(coord: pd.Index, spots: pd.Index, slide: str, path: Path) -> pd.Index:
+    """Return the ids both files have, in the order of the coordinates; refuse too few."""
+    if len(spots) == 0:
+        raise DataError("the slide is empty: no spot has counts", slide=slide, file=path)
+    shared = coord[coord.isin(spots)]
+    share = len(shared) / min(len(coord), len(spots))
+    if share < MIN_SHARED:
+        raise DataError(
+            f"only {len(shared)} spot ids are in both the {len(coord)} coordinates and the "
+            f"{len(spots)} counts ({share:.0%}, at least {MIN_SHARED:.0%} is needed)",
+            slide=slide,
+            file=path,
+            fix=f"compare the ids: {coord[0]!r} against {spots[0]!r}",
+        )
+    if len(shared) < max(len(coord), len(spots)):
+        logger.warning(
+            "slide %s: %d spots with coordinates, %d with counts; the %d with both are kept",
+            slide, len(coord), len(spots), len(shared),
+        )  # fmt: skip
+    return shared
+
+
+def _labels(
+    slide: str, section: catalog.Section | None, root: Path | str | None, spots: pd.Index
+) -> pd.Series:
+    """Return one label per spot, missing where there is none."""
+    none = pd.Series(index=spots, dtype=object)
+    if section is not None and not section.annotated:
+        return none
+    try:
+        path = catalog.find(slide, "annotation", tech="ST", root=root)
+    except DataError as error:
+        if section is not None:  # the book says it is annotated
+            raise
+        logger.warning("slide %s: its spots carry no label (%s)", slide, error)
+        return none
+    table = pd.read_csv(path, index_col=0, dtype=str)
+    if "V2" not in table.columns:
+        raise DataError("the column V2 with the labels is missing", slide=slide, file=path)
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()][0]
+        raise DataError(f"the spot id {twice} stands twice", slide=slide, file=path)
+    if not table.index.isin(spots).any():
+        raise DataError(
+            "no spot of the annotation is on the slide",
+            slide=slide,
+            file=path,
+            fix=f"compare the ids: {table.index[0]!r} against {spots[0]!r}",
+        )
+    return table["V2"].reindex(spots).replace(list(NO_LABEL), np.nan)
+
+
+# --------------------------------------------------------------------------- geometry and image
+
+
+def estimate_um_per_px(xy: np.ndarray, tech: str, radius_px: float | None = None) -> float:
+    """Derive the scale of an image from the geometry of the array on it.
+
+    The files state no scale, but the array's is known: the original Spatial Transcriptomics array
+    has spots of 100 um every 200 um (Stahl et al. 2016), Visium spots of 55 um every 100 um.
+
+    Parameters
+    ----------
+    xy
+        Spot centres in px, shape (n_spots, 2).
+    tech
+        ``"ST"``, ``"Visium"`` or ``"VisiumHD"``.
+    radius_px
+        Radius of a spot in px. For ST it gives the scale, since those spots were located one by
+        one and their distances scatter; the printed Visium grids give it through the pitch.
+
+    Returns
+    -------
+    um per px.
+    """
+    from_radius = SPOT_UM[tech] / (2 * radius_px) if radius_px else None
+    pitch = _pitch_px(xy) if len(xy) > 4 else None
+    from_pitch = PITCH_UM[tech] / pitch if pitch else None
+    scale = from_radius if tech == "ST" and from_radius else from_pitch or from_radius
+    if scale is None:
+        raise DataError("too few spots to derive um per px", fix="state um_per_px yourself")
+    if from_radius and from_pitch and not 0.75 < from_radius / from_pitch < 1.33:
+        logger.warning(
+            "the radius says %.3f um/px, the distance of neighbours %.3f: not a standard %s array?",
+            from_radius, from_pitch, tech,
+        )  # fmt: skip
+    return scale
+
+
+def _pitch_px(xy: np.ndarray) -> float:
+    """Median distance to a next neighbour on the grid, in px."""
+    distance, _ = cKDTree(xy).query(xy, k=5)
+    distance = distance[:, 1:]
+    # Spots at an edge have no four next neighbours: their others are diagonal, 1.4 times as far.
+    return float(np.median(distance[distance < 1.25 * np.median(distance[:, 0])]))
+
+
+def attach_image(
+    adata: ad.AnnData,
+    slide: str,
+    path: Path,
+    tech: str,
+    *,
+    radius_px: float | None,
+    image: bool,
+    scale: float | None = None,
+) -> ad.AnnData:
+    """Add the image, its scale and where it lies; check that the spots fit it."""
+    xy = adata.obsm["spatial"]
+    info = images.info(path, slide=slide)
+    _check_inside(xy, info.width, info.height, slide, path)
+    scale = scale or estimate_um_per_px(xy, tech, radius_px)
+    pictures, factor = {}, 1.0
+    if image:
+        pictures["hires"] = images.read(path, max_side=HIRES_SIDE, slide=slide)
+        factor = pictures["hires"].shape[1] / info.width
+        _check_on_tissue(xy * factor, pictures["hires"], slide, path)
+    adata.uns["spatial"] = {
+        slide: {
+            "images": pictures,
+            "scalefactors": {
+                "tissue_hires_scalef": factor,
+                "spot_diameter_fullres": 2 * radius_px if radius_px else SPOT_UM[tech] / scale,
+            },
+            "metadata": {
+                "image_path": str(path),
+                "width_px": info.width,
+                "height_px": info.height,
+                "tech": tech,
+            },
+            "um_per_px": scale,
+        }
+    }
+    return adata
+
+
+def _check_inside(xy: np.ndarray, width: int, height: int, slide: str, path: Path) -> None:
+    """Refuse spot centres that are not on the image."""
+    outside = ((xy < 0) | (xy >= (width, height))).any(axis=1)
+    if not outside.any():
+        return
+    swapped = ((xy[:, ::-1] < 0) | (xy[:, ::-1] >= (width, height))).any()
+    x, y = xy[outside][0]
+    raise DataError(
+        f"{outside.sum()} of {len(xy)} spots lie outside the image of {width} x {height} px, the "
+        f"first at x = {x:.0f}, y = {y:.0f}",
+        slide=slide,
+        file=path,
+        fix="x and y look swapped: the coordinate file has y first"
+        if not swapped
+        else "check that image and coordinates are of the same slide and the same size",
+    )
+
+
+def _check_on_tissue(xy: np.ndarray, picture: np.ndarray, slide: str, path: Path) -> None:
+    """Refuse coordinates that miss the tissue, or meet it better with x and y swapped."""
+    mask = tissue_mask(picture)
+    given, swapped = _share_on(mask, xy), _share_on(mask, xy[:, ::-1])
+    if given >= 0.3 and swapped - given <= 0.1:
+        return
+    raise DataError(
+        f"{given:.0%} of the spots lie on tissue, {swapped:.0%} would with x and y swapped",
+        slide=slide,
+        file=path,
+        fix="swap x and y: the coordinate file has y first"
+        if swapped > given
+        else "check that image and coordinates are of the same slide and the same size",
+    )
+
+
+def tissue_mask(picture: np.ndarray) -> np.ndarray:
+    """Return where an RGB image shows tissue: saturation above Otsu's threshold.
+
+    Parameters
+    ----------
+    picture
+        uint8, shape (h, w, 3). Stained tissue is coloured, glass is grey, whatever the light.
+
+    Returns
+    -------
+    bool, shape (h, w).
+    """
+    from skimage.filters import threshold_otsu
+
+    high, low = picture.max(axis=2).astype(np.float32), picture.min(axis=2).astype(np.float32)
+    saturation = (high - low) / np.maximum(high, 1)
+    if np.ptp(saturation) == 0:
+        return np.zeros(saturation.shape, bool)
+    return saturation > threshold_otsu(saturation)
+
+
+def _share_on(mask: np.ndarray, xy: np.ndarray) -> float:
+    """Share of points (x, y in px of the mask) that lie on the mask."""
+    x, y = xy.astype(int).T
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    return float(mask[y[inside], x[inside]].sum() / len(xy))

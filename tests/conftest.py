@@ -1,0 +1,84 @@
+"""Fixtures every test may use."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "STimage-1K4M"
+REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests clear it
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """A folder with real slides: ``STIMAGE_ROOT``, else the copy beside the checkout."""
+    if not (REAL_ROOT / "ST").is_dir():
+        pytest.skip("real slides not here")
+    return REAL_ROOT
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Every test run has a cache of its own and sees no dataset but the one it names."""
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("STIMAGE_ROOT", raising=False)
+
+
+@dataclass
+class Tiny:
+    """A slide of 30 spots and 4 genes in the official layout, to be broken by a test."""
+
+    root: Path
+    slide: str
+
+    @property
+    def image(self) -> Path:
+        return self.root / f"ST/image/{self.slide}.png"
+
+    @property
+    def coord(self) -> Path:
+        return self.root / f"ST/coord/{self.slide}_coord.csv"
+
+    @property
+    def counts(self) -> Path:
+        return self.root / f"ST/gene_exp/{self.slide}_count.csv"
+
+    @property
+    def annotation(self) -> Path:
+        return self.root / f"annotation/{self.slide}_anno.csv"
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Tiny:
+    """Write the slide: a pink block left of the middle of a wide white image, spots on the block.
+
+    It takes the name of a demo slide, so that the book's catalogue knows its technology.
+    """
+    made = Tiny(tmp_path / "root", "Demo_Layers_Simulated_ST_A1")
+    for path in (made.image, made.coord, made.counts, made.annotation):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    picture = np.full((300, 420, 3), 245, np.uint8)
+    picture[30:290, 20:240] = (200, 120, 170) + rng.integers(-20, 20, (260, 220, 3))
+    Image.fromarray(picture).save(made.image)
+    grid = [(x, y) for y in range(6) for x in range(5)]
+    ids = [f"{made.slide}_{x + 1}x{y + 1}" for x, y in grid]
+    coord = pd.DataFrame(
+        {
+            "yaxis": [50.0 + 40 * y for _, y in grid],
+            "xaxis": [40.0 + 40 * x for x, _ in grid],
+            "r": 10.0,
+        },
+        index=ids,
+    )
+    coord.to_csv(made.coord)
+    counts = pd.DataFrame(rng.poisson(2, (30, 4)), index=ids, columns=["Ga", "Gb", "Gc", "Gd"])
+    counts.iloc[::-1].to_csv(made.counts)  # in another order than the coordinates
+    labels = pd.Series([f"Layer {1 + y // 2}" for _, y in grid], index=ids, name="V2")
+    labels.iloc[3] = "undetermined"
+    labels.iloc[:-2].to_csv(made.annotation)
+    return made

@@ -1,0 +1,172 @@
+"""Files arrive whole or not at all: the cache, and the hub's real client against a local server."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from helpers import catalog, files
+from helpers.files import DataError, atomic
+
+# --------------------------------------------------------------------------- the cache
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def interrupted():
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_process_leaves_nothing_to_read_back(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from helpers.files import atomic\n"
+        "with atomic(Path(sys.argv[1])) as t:\n    t.write_text('half'); os._exit(9)\n"
+    )
+    path = tmp_path / "x"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
+    assert not path.exists()
+
+
+def test_folder_written_by_two_at_once_is_one_of_them(tmp_path):
+    path = tmp_path / "folder"
+    with atomic(path) as mine:
+        mine.mkdir()
+        (mine / "a").write_text("mine")
+        with atomic(path) as theirs:
+            theirs.mkdir()
+            (theirs / "a").write_text("theirs")
+    assert (path / "a").read_text() == "theirs"
+
+
+def test_unwritable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file .*cannot be written.*STIMAGE_CACHE"):
+        files.cache_dir()
+
+
+def test_fingerprint_changes_with_the_bytes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"a" * 100)
+    os.utime(path, ns=(1, 1))
+    before = files.fingerprint(path)
+    path.write_bytes(b"a" * 99 + b"b")
+    os.utime(path, ns=(1, 1))
+    assert files.fingerprint(path) != before
+
+
+def test_digest_does_not_depend_on_the_order_of_settings():
+    assert files.digest(a=1, b=2) == files.digest(b=2, a=1) != files.digest(a=2, b=1)
+
+
+def test_error_names_slide_file_and_fix():
+    message = str(DataError("is bad", slide="S", file=Path("f.csv"), fix="mend it"))
+    assert message == "slide S, file f.csv: is bad. Fix: mend it."
+
+
+# --------------------------------------------------------------------------- the hub
+
+BODY = b"yaxis,xaxis,r\n" * 1000
+PATH = f"/datasets/{catalog.DATASET}/resolve/{catalog.REVISION}/ST/coord/S_coord.csv"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers like the hub for one file; `server.body` is what it sends."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        if self.path != PATH:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", catalog.REVISION)
+        self.send_header("ETag", f'"{hashlib.sha256(BODY).hexdigest()}"')
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        if body:
+            self.wfile.write(self.server.body)
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local server, and a function that asks for a slide's coordinates in a fresh process."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.body = BODY
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def ask(slide="S"):
+        code = (
+            "import sys; from helpers import catalog\n"
+            "try:\n    print(catalog.find(sys.argv[1], 'coord', tech='ST'))\n"
+            "except catalog.DataError as error:\n    sys.exit(str(error))\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code, slide], env=environment, capture_output=True, text=True
+        )
+
+    yield server, ask
+    server.shutdown()
+
+
+def test_hub_file_arrives_and_is_found_again_without_the_hub(hub):
+    server, ask = hub
+    first = ask()
+    assert Path(first.stdout.strip()).read_bytes() == BODY
+    server.shutdown()
+    assert ask().stdout == first.stdout
+
+
+def test_hub_file_of_wrong_bytes_is_refused_and_not_kept(hub):
+    server, ask = hub
+    server.body = BODY.replace(b"y", b"z")
+    result = ask()
+    assert "slide S" in result.stderr
+    assert "do not match their hash" in result.stderr
+    server.body = BODY
+    assert Path(ask().stdout.strip()).read_bytes() == BODY
+
+
+def test_hub_without_the_file(hub):
+    _, ask = hub
+    assert "slide T: ST/coord/T_coord.csv is not here" in ask("T").stderr
+
+
+def test_hub_out_of_reach_is_said_within_seconds(tmp_path):
+    code = "from helpers import catalog; catalog.find('S', 'image', tech='ST')"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "the hub cannot be reached" in result.stderr

@@ -1,0 +1,169 @@
+"""Readers' own slides: Space Ranger folders and h5ad files."""
+
+import json
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import sparse
+
+from helpers import own, slides
+from helpers.files import DataError
+
+
+@pytest.fixture
+def outs(tmp_path):
+    """A Space Ranger folder of 36 spots, as version 2 writes it."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "Mine"
+    (folder / "spatial").mkdir(parents=True)
+    barcodes = [f"ACGT{i:04d}-1" for i in range(36)]
+    matrix = sparse.csc_matrix(rng.poisson(1, (5, 36)).astype(np.int32))  # genes x spots
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
+        group = file.create_group("matrix")
+        group["data"], group["indices"], group["indptr"] = (
+            matrix.data,
+            matrix.indices,
+            matrix.indptr,
+        )
+        group["shape"] = matrix.shape
+        group["barcodes"] = np.array(barcodes, dtype="S")
+        features = group.create_group("features")
+        names = ["Ga", "Gb", "Gc", "Gd", "Gd"]
+        features["id"] = np.array([f"ENS{i}" for i in range(5)], dtype="S")
+        features["name"] = np.array(names, dtype="S")
+        features["feature_type"] = np.array(["Gene Expression"] * 5, dtype="S")
+        features["genome"] = np.array(["X"] * 5, dtype="S")
+    row, col = np.divmod(np.arange(36), 6)
+    pd.DataFrame(
+        {
+            "barcode": barcodes,
+            "in_tissue": 1,
+            "array_row": row,
+            "array_col": col,
+            "pxl_row_in_fullres": 100 + 100 * row,
+            "pxl_col_in_fullres": 60 + 100 * col,
+        }
+    ).to_csv(folder / "spatial/tissue_positions.csv", index=False)
+    (folder / "spatial/scalefactors_json.json").write_text(
+        json.dumps({"spot_diameter_fullres": 65.0, "tissue_hires_scalef": 0.5})
+    )
+    picture = np.full((360, 400, 3), 245, np.uint8)
+    picture[20:330, 10:310] = (200, 120, 170)
+    Image.fromarray(picture).save(folder / "spatial/tissue_hires_image.png")
+    return folder
+
+
+def test_space_ranger_with_the_full_image_counts_its_px(outs, tmp_path):
+    full = tmp_path / "full.tif"
+    Image.open(outs / "spatial/tissue_hires_image.png").resize((800, 720)).save(full)
+    adata = own.read_space_ranger(outs, image_file=full)
+    assert adata.obsm["spatial"][1].tolist() == [160.0, 100.0]
+    assert slides.um_per_px(adata) == pytest.approx(1.0)
+
+
+def test_space_ranger_without_it_counts_px_of_the_small_image(outs):
+    adata = own.read_space_ranger(outs)
+    assert adata.obsm["spatial"][1].tolist() == [80.0, 50.0]
+    assert slides.um_per_px(adata) == pytest.approx(2.0)
+
+
+def test_space_ranger_reads_the_headerless_list_of_version_1(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    table = pd.read_csv(path)
+    path.unlink()
+    table.to_csv(outs / "spatial/tissue_positions_list.csv", header=False, index=False)
+    assert own.read_space_ranger(outs).n_obs == 36
+
+
+def test_space_ranger_counts_keep_their_spots(outs):
+    adata = own.read_space_ranger(outs)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5") as file:
+        total = file["matrix/data"][()].sum()
+    assert adata.X.sum() == total
+    assert adata.obs_names[0] == "Mine_ACGT0000-1"
+
+
+def test_space_ranger_repeated_symbols_are_numbered_and_logged(outs, caplog):
+    assert list(own.read_space_ranger(outs).var_names)[-2:] == ["Gd", "Gd-1"]
+    assert "1 gene symbols repeat" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "filtered_feature_bc_matrix.h5",
+        "spatial/scalefactors_json.json",
+        "spatial/tissue_hires_image.png",
+        "spatial/tissue_positions.csv",
+    ],
+)
+def test_space_ranger_file_missing(outs, name):
+    (outs / name).unlink()
+    with pytest.raises(DataError, match="slide Mine"):
+        own.read_space_ranger(outs)
+
+
+def test_space_ranger_matrix_cut_off(outs):
+    path = outs / "filtered_feature_bc_matrix.h5"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DataError, match="not a 10x count matrix"):
+        own.read_space_ranger(outs)
+
+
+@pytest.fixture
+def h5ad(outs, tmp_path):
+    """The same slide as h5ad, with its image."""
+    adata = own.read_space_ranger(outs)
+    image = slides.image_path(adata)
+    bare = ad.AnnData(adata.X, obs=adata.obs[[]], var=adata.var[[]], obsm=dict(adata.obsm))
+    bare.write_h5ad(tmp_path / "mine.h5ad")
+    return tmp_path / "mine.h5ad", image
+
+
+def test_h5ad_has_the_books_columns(h5ad):
+    adata = own.read_h5ad(h5ad[0], image_file=h5ad[1])
+    assert {"slide", "donor", "group", "study", "label"} <= set(adata.obs)
+    assert slides.um_per_px(adata) == pytest.approx(2.0)
+
+
+def test_h5ad_takes_raw_counts_from_a_layer(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(h5ad[0])
+    again = own.read_h5ad(h5ad[0], image_file=h5ad[1])
+    assert again.X.sum() == adata.layers["counts"].sum()
+
+
+def test_h5ad_normalised_counts_are_refused(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.X = adata.X * 0.3
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="normalised"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_nan_counts_are_refused(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.X.data[0] = np.nan
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="whole numbers"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_without_coordinates(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    del adata.obsm["spatial"]
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="spatial"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_cut_off(h5ad):
+    h5ad[0].write_bytes(h5ad[0].read_bytes()[:3000])
+    with pytest.raises(DataError, match="not an h5ad"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1])
