@@ -167,3 +167,15 @@ def test_h5ad_cut_off(h5ad):
     h5ad[0].write_bytes(h5ad[0].read_bytes()[:3000])
     with pytest.raises(DataError, match="not an h5ad"):
         own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_visium_hd_bins_come_from_parquet_with_their_own_scale(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
+    path.unlink()
+    (outs / "spatial/scalefactors_json.json").write_text(
+        json.dumps({"bin_size_um": 8, "microns_per_pixel": 0.4, "tissue_hires_scalef": 0.5})
+    )
+    adata = own.read_space_ranger(outs)
+    assert slides.um_per_px(adata) == pytest.approx(0.8)
+    assert adata.uns["spatial"]["Mine"]["metadata"]["tech"] == "VisiumHD"

@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
-from helpers import slides
+from helpers import images, slides
 
 WIDTH = 7.0  # inches: the widest figure of the book, so that it reads on a page and a phone
 UNLABELLED = "#b0b0b0"
@@ -35,6 +35,14 @@ def style() -> None:
 def colours(names: Sequence[str]) -> dict[str, tuple]:
     """Return one colour-blind-safe colour per name, the same for the same list."""
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+
+
+def handles(palette: dict[str, tuple]) -> list:
+    """Return legend handles, one disc per name."""
+    return [
+        plt.Line2D([], [], marker="o", linestyle="", color=colour, label=name)
+        for name, colour in palette.items()
+    ]
 
 
 def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
@@ -96,6 +104,7 @@ def spots(
     alpha: float = 0.85,
     image: bool = True,
     legend: bool = True,
+    zoom: bool = False,
 ) -> Axes:
     """Draw the spots of one slide at their true size, coloured by a label or a number.
 
@@ -112,6 +121,8 @@ def spots(
         Draw the tissue below.
     legend
         Name the categories, or draw a colour bar.
+    zoom
+        Show the part of the slide that has spots, not all the glass around it.
     """
     if isinstance(values, str):
         values = adata.obs[values] if values in adata.obs else adata.obs_vector(values)
@@ -120,12 +131,10 @@ def spots(
     if isinstance(getattr(values, "dtype", None), pd.CategoricalDtype):
         palette = colours(list(values.cat.categories))
         face = [palette.get(v, UNLABELLED) for v in values]
-        handles = [
-            plt.Line2D([], [], marker="o", linestyle="", color=c, label=n)
-            for n, c in palette.items()
-        ]
-        if legend and handles:
-            ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        if legend and palette:
+            ax.legend(
+                handles=handles(palette), loc="upper left", bbox_to_anchor=(1, 1), frameon=False
+            )
     else:
         values = np.asarray(values, dtype=float)
         scale = plt.cm.ScalarMappable(plt.Normalize(np.nanmin(values), np.nanmax(values)), cmap)
@@ -134,10 +143,45 @@ def spots(
             ax.figure.colorbar(scale, ax=ax, shrink=0.7)
     for (x, y), colour in zip(adata.obsm["spatial"], face, strict=True):
         ax.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor="none", alpha=alpha))
+    if zoom:
+        (left, top), (right, bottom) = adata.obsm["spatial"].min(0), adata.obsm["spatial"].max(0)
+        ax.set(xlim=(left - 4 * radius, right + 4 * radius))
+        ax.set(ylim=(bottom + 4 * radius, top - 4 * radius))
     if not image:
         ax.set_aspect("equal")
         ax.autoscale_view()
         ax.invert_yaxis()
         scale_bar(ax, slides.um_per_px(adata))
         ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def close_up(
+    adata: ad.AnnData, centre: tuple[float, float], side_um: float, *, ax: Axes | None = None
+) -> Axes:
+    """Draw a square of the full image, with a scale bar.
+
+    Parameters
+    ----------
+    adata
+        One slide.
+    centre
+        x, y in px of the full image; moved inwards where the square would leave the image.
+    side_um
+        Side of the square in um.
+    ax
+        Where to draw; new axes when not given.
+    """
+    (known,) = adata.uns["spatial"].values()
+    scale = slides.um_per_px(adata)
+    side = round(side_um / scale)
+    limits = known["metadata"]["width_px"] - side, known["metadata"]["height_px"] - side
+    x, y = (
+        int(np.clip(c - side / 2, 0, max(high, 0))) for c, high in zip(centre, limits, strict=True)
+    )
+    ax = ax or plt.subplots(figsize=(3, 3))[1]
+    ax.imshow(images.read_region(slides.image_path(adata), (x, y, x + side, y + side)))
+    scale_bar(ax, scale)
+    ax.set(xticks=[], yticks=[])
+    sns.despine(ax=ax, left=True, bottom=True)
     return ax

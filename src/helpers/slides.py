@@ -15,7 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from helpers import catalog, counts, images
 from helpers.files import DataError
@@ -346,7 +346,7 @@ def _check_on_tissue(xy: np.ndarray, picture: np.ndarray, slide: str, path: Path
 
 
 def tissue_mask(picture: np.ndarray) -> np.ndarray:
-    """Return where an RGB image shows tissue: saturation above Otsu's threshold.
+    """Return where an RGB image shows tissue: smoothed saturation above Otsu's threshold.
 
     Parameters
     ----------
@@ -357,10 +357,13 @@ def tissue_mask(picture: np.ndarray) -> np.ndarray:
     -------
     bool, shape (h, w).
     """
+    from scipy.ndimage import uniform_filter
     from skimage.filters import threshold_otsu
 
     high, low = picture.max(axis=2).astype(np.float32), picture.min(axis=2).astype(np.float32)
     saturation = (high - low) / np.maximum(high, 1)
+    # Smooth over the pale gaps between nuclei: tissue is a region, not a set of pixels.
+    saturation = uniform_filter(saturation, size=1 + max(saturation.shape) // 200)
     if np.ptp(saturation) == 0:
         return np.zeros(saturation.shape, bool)
     return saturation > threshold_otsu(saturation)
