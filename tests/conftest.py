@@ -1,6 +1,8 @@
 """Fixtures every test may use."""
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "STimage-1K4M"
+ROOT = Path(__file__).resolve().parents[1]
+BESIDE = ROOT.parent / "shared" / "data" / "STimage-1K4M"
 REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests clear it
 
 
@@ -19,6 +22,19 @@ def real_root() -> Path:
     if not (REAL_ROOT / "ST").is_dir():
         pytest.skip("real slides not here")
     return REAL_ROOT
+
+
+@pytest.fixture(scope="session")
+def run_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every chapter on `demo`, as `make book` does, and return the folder of the results.
+
+    The tests of the notebooks and those of the pages look at this one run.
+    """
+    out = tmp_path_factory.mktemp("run") / "notebooks"
+    command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
 
 @pytest.fixture(autouse=True)

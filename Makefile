@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `make` fills by itself; `make` alone lists the targets.
+STUDY ?= demo
+STIMAGE_CACHE ?= $(CURDIR)/.cache
+export STUDY STIMAGE_CACHE
+RUN = .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help book test lab check lint benchmarks pins clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+
+book: .venv/installed  ## run every notebook, build the pages (STUDY=mob make book: on real slides)
+	@$(RUN) tools/run_notebooks.py && $(RUN) tools/build_book.py
+
+test: .venv/installed  ## test the helpers, the notebooks and the pages
+	@$(RUN) -m pytest
+
+lab: .venv/installed  ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+check:  ## look at this machine: Python, packages, GPU, memory, disk, data (installs nothing)
+	@sh tools/python.sh tools/check_environment.py
+
+lint: .venv/installed  ## format and lint
+	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .
+
+benchmarks: .venv/installed  ## measure the data layer again, into results/
+	@$(RUN) benchmarks/data.py
+
+pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
+	@sh tools/pins.sh
+
+clean:  ## remove what was built and installed; downloads and simulated data in .cache stay
+	@rm -rf _build .venv
+
+.venv/installed: requirements.txt pyproject.toml
+	@sh tools/install.sh

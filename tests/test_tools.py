@@ -1,0 +1,380 @@
+"""The scripts that run, check and build the book."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_chapter import chapter
+
+import build_book
+import check_environment
+import notebooks as nbs
+import run_notebooks
+from helpers import catalog
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two small chapters."""
+    made = tmp_path / "notebooks"
+    made.mkdir()
+    for name in ("01_small", "02_other"):
+        nbs.write(chapter(name), made / f"{name}.ipynb")
+    return made
+
+
+@pytest.fixture
+def mob(tmp_path: Path) -> Path:
+    """A dataset root with the names of the files of `mob`, but nothing in them."""
+    for section in catalog.study("mob").sections:
+        for kind in ("coord", "gene_exp", "image"):
+            path = tmp_path / "root" / catalog.relative_path(section.slide, kind, section.tech)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return tmp_path / "root"
+
+
+def change(path: Path, cell: str, source: str) -> None:
+    notebook = nbs.read(path)
+    next(c for c in notebook["cells"] if c["id"] == cell)["source"] = source
+    nbs.write(notebook, path)
+
+
+def script(name: str, *options: Any, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, options)]
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    inherited = {k: v for k, v in os.environ.items() if k != "STUDY"} | {"PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=inherited | env)
+
+
+# --- stripping ----------------------------------------------------------------------------------
+
+
+def test_strip_removes_what_an_editor_leaves(tmp_path: Path) -> None:
+    notebook = chapter()
+    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
+    for cell in notebook["cells"]:
+        cell["metadata"]["collapsed"] = True
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = 7
+            cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+    nbs.write(notebook, tmp_path / "01_small.ipynb")
+    assert nbs.main(["check", str(tmp_path / "01_small.ipynb")]) == 1
+    assert nbs.main(["strip", str(tmp_path / "01_small.ipynb")]) == 0
+    assert nbs.read(tmp_path / "01_small.ipynb") == chapter()
+    assert nbs.main(["check", str(tmp_path / "01_small.ipynb")]) == 0
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_progress_and_leaves_clean_copies(
+    folder: Path, tmp_path: Path, mob: Path
+) -> None:
+    change(folder / "02_other.ipynb", "code-1", "import os\nprint(os.getcwd())\nx = bytes(10**8)")
+    out = tmp_path / "out"
+    options = ("--notebooks", folder, "--out", out, "--study", "mob")
+    done = script("run_notebooks", *options, STIMAGE_ROOT=str(mob), MPLBACKEND="TkAgg")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"Study mob · dataset root: {mob}"
+    for name, line in zip(("01_small", "02_other"), lines[1:3], strict=True):
+        assert re.fullmatch(rf"  {name}  ok +[\d.]+ s  peak [\d.]+ GB", line)
+    text = (out / "01_small.ipynb").read_text(encoding="utf-8")
+    assert "papermill" not in text
+    assert str(tmp_path) not in text
+    second = nbs.read(out / "02_other.ipynb")
+    assert set(second["metadata"]) == {"kernelspec"}
+    injected = next(c for c in second["cells"] if c["id"] == "injected-parameters")
+    assert 'STUDY = "mob"' in nbs.source(injected)
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert (record["study"], record["complete"]) == ("mob", True)
+    assert record["chapters"]["02_other"]["peak_mb"] > 100
+    assert record["chapters"]["01_small"]["source"] == run_notebooks.digest(
+        folder / "01_small.ipynb"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ('x = {}\nx["spot"]', "KeyError: 'spot'"),
+        ("import os\nos._exit(3)", "DeadKernelError"),
+        ("while True: pass", "CellTimeoutError"),
+    ],
+    ids=["exception", "dead kernel", "timeout"],
+)
+def test_a_failing_cell_stops_the_run_and_is_shown(
+    folder: Path, tmp_path: Path, source: str, seen: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "good").write_text("the last good run")
+    change(folder / "01_small.ipynb", "code-2", source)
+    number = [c["id"] for c in nbs.read(folder / "01_small.ipynb")["cells"]].index("code-2") + 1
+    done = script("run_notebooks", "--notebooks", folder, "--out", out, "--timeout", 10)
+    assert done.returncode == 1
+    assert done.stdout.rstrip().endswith("01_small  FAILED")  # and 02_other did not run
+    head = f"chapter 01_small, cell code-2 (number {number}): {seen}"
+    assert head in done.stderr
+    assert source in done.stderr
+    assert [p.name for p in out.iterdir()] == ["good"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out.")] == []
+
+
+def test_a_traceback_is_in_sight(folder: Path, tmp_path: Path) -> None:
+    change(folder / "01_small.ipynb", "code-2", "def f():\n    return 1 / 0\n\n\nf()")
+    done = script("run_notebooks", "--notebooks", folder, "--out", tmp_path / "out")
+    assert "----> 5 f()" in done.stderr
+    assert "----> 2     return 1 / 0" in done.stderr.replace("      2 ", "")
+    assert "\x1b[" not in done.stderr
+
+
+def test_some_chapters_alone(folder: Path, tmp_path: Path) -> None:
+    done = script("run_notebooks", "02", "--notebooks", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert list(record["chapters"]) == ["02_other"]
+    assert not record["complete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["09"], "No notebook is called 09"), (["--study", "nope"], "nope")],
+)
+def test_a_typing_error_is_explained(
+    folder: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    done = script("run_notebooks", *options, "--notebooks", folder, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_relative_dataset_root_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STIMAGE_ROOT", "../slides")
+    run_notebooks.absolute_paths()
+    assert os.environ["STIMAGE_ROOT"] == str(tmp_path.parent / "slides")
+
+
+def test_a_missing_slide_is_said_before_any_chapter_runs(
+    folder: Path, tmp_path: Path, mob: Path
+) -> None:
+    next(mob.rglob("*_count.csv")).unlink()
+    env = {"STIMAGE_ROOT": str(mob), "HF_HUB_OFFLINE": "1"}
+    options = ("--notebooks", folder, "--out", tmp_path / "out", "--study", "mob")
+    done = script("run_notebooks", *options, **env)
+    assert done.returncode == 1
+    assert "_count.csv" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "01_small" not in done.stdout
+
+
+# --- building -----------------------------------------------------------------------------------
+
+TOC = {"root": "book/welcome", "parts": [{"chapters": [{"file": "notebooks/01_small"}]}]}
+
+
+@pytest.fixture
+def record(folder: Path) -> dict[str, Any]:
+    """A record of a full run of the one chapter of ``TOC``."""
+    source = run_notebooks.digest(folder / "01_small.ipynb")
+    ran = {"01_small": {"seconds": 1.0, "peak_mb": 100, "source": source}}
+    helpers = run_notebooks.helpers_digest()
+    return {"study": "demo", "helpers": helpers, "complete": True, "chapters": ran}
+
+
+def test_a_full_run_may_be_built(record: dict[str, Any], folder: Path) -> None:
+    assert build_book.refusals(record, TOC, folder.parent, "demo") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("study", "mob", "ran on mob"),
+        ("complete", False, "only some"),
+        ("helpers", "0", "src/helpers has changed"),
+        ("chapters", {}, "has not run"),
+        ("chapters", {"01_small": {"source": "0"}}, "has changed since it ran"),
+    ],
+)
+def test_pages_of_another_run_are_refused(
+    record: dict[str, Any], folder: Path, key: str, value: Any, reason: str
+) -> None:
+    (found,) = build_book.refusals(record | {key: value}, TOC, folder.parent, "demo")
+    assert reason in found
+
+
+def test_pages_are_not_built_from_nothing(tmp_path: Path) -> None:
+    done = script("build_book", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "make book" in done.stderr
+
+
+def small_book(tmp_path: Path, page: str) -> Path:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "_config.yml").write_text("title: Small\nexecute:\n  execute_notebooks: 'off'\n")
+    (source / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (source / "index.md").write_text(page)
+    return source
+
+
+def test_new_pages_replace_the_old_ones(tmp_path: Path) -> None:
+    html = tmp_path / "html"
+    html.mkdir()
+    (html / "old.html").write_text("old")
+    assert build_book.build(small_book(tmp_path, "# New\n"), html)
+    assert (html / "index.html").exists()
+    assert not (html / "old.html").exists()
+    assert not list(tmp_path.glob("html.*"))
+
+
+def test_a_warning_is_an_error_and_leaves_the_old_pages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    html = tmp_path / "html"
+    html.mkdir()
+    (html / "old.html").write_text("old")
+    assert not build_book.build(small_book(tmp_path, "# New\n\n{ref}`nowhere`\n"), html)
+    assert [p.name for p in html.iterdir()] == ["old.html"]
+    assert "nowhere" in capsys.readouterr().err
+
+
+# --- the environment check ----------------------------------------------------------------------
+
+
+def test_the_check_has_a_line_for_everything() -> None:
+    done = script("check_environment")
+    lines = done.stdout.splitlines()[:-1]
+    assert all(re.match(r"(OK|NOTE|FAIL) +\S", line) for line in lines)
+    looked = {line[6:24].strip() for line in lines}
+    assert looked >= {"Python", "torch", "GPU", "Memory", "Disk", "Dataset", "Hub", "papermill"}
+    assert done.returncode == any(line.startswith("FAIL") for line in lines)
+
+
+def test_the_check_works_before_anything_is_installed() -> None:
+    command = [sys.executable, "-S", "-I", ROOT / "tools" / "check_environment.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^FAIL +torch .*not installed", done.stdout, re.M)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dataset_root_without_slides_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STIMAGE_ROOT", str(tmp_path))
+    ((status, _, found),) = check_environment.dataset()
+    assert status == "FAIL"
+    assert str(tmp_path) in found
+
+
+def test_a_dataset_root_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ST" / "coord").mkdir(parents=True)
+    for name in "AB":
+        (tmp_path / "ST" / "coord" / f"{name}_coord.csv").touch()
+    monkeypatch.setenv("STIMAGE_ROOT", str(tmp_path))
+    ((status, _, found),) = check_environment.dataset()
+    assert (status, found.split()[0]) == ("OK", "2")
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    ((status, _, found),) = check_environment.disk()
+    assert status == "FAIL"
+    assert "STIMAGE_CACHE" in found
+
+
+def test_a_hub_that_answers_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ((status, _, _),) = check_environment.hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert status == "OK"
+
+
+def test_a_silent_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    start = time.monotonic()
+    ((status, _, _),) = check_environment.hub("http://192.0.2.1")  # reserved: nobody answers there
+    assert status == "NOTE"
+    assert time.monotonic() - start < 10
+
+
+# --- installing ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Makefile and its scripts, with an interpreter that only pretends to install."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tools").mkdir()
+    for name in ("python.sh", "install.sh"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
+    fake = tmp_path / "fake-python"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" >> calls\n'
+        'case "$1 $2" in\n'
+        '"-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/uv;;\n'
+        '"pip install") if [ -e broken ]; then exit 1; fi;;\n'
+        "esac\n"
+    )
+    fake.chmod(0o755)
+    return tmp_path
+
+
+def make(checkout: Path, target: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": "./fake-python"}
+    return subprocess.run(
+        ["make", target], cwd=checkout, capture_output=True, text=True, check=False, env=env
+    )
+
+
+def installs(checkout: Path) -> int:
+    return (checkout / "calls").read_text().count("-m venv")
+
+
+def test_the_second_run_installs_nothing(checkout: Path) -> None:
+    assert make(checkout, ".venv/installed").returncode == 0
+    assert make(checkout, ".venv/installed").returncode == 0
+    assert installs(checkout) == 1
+    later = time.time() + 5
+    os.utime(checkout / "requirements.txt", (later, later))
+    assert make(checkout, ".venv/installed").returncode == 0
+    assert installs(checkout) == 2
+
+
+def test_an_interrupted_installation_is_started_again(checkout: Path) -> None:
+    (checkout / "broken").touch()
+    assert make(checkout, ".venv/installed").returncode != 0
+    assert not (checkout / ".venv" / "installed").exists()
+    (checkout / ".venv" / "leftover").touch()
+    (checkout / "broken").unlink()
+    assert make(checkout, ".venv/installed").returncode == 0
+    assert not (checkout / ".venv" / "leftover").exists()
+    assert installs(checkout) == 2
+
+
+def test_no_suitable_python_is_said_clearly(checkout: Path) -> None:
+    (checkout / "fake-python").write_text("#!/bin/sh\nexit 1\n")
+    done = make(checkout, ".venv/installed")
+    assert done.returncode != 0
+    assert "No Python 3.11 or newer was found" in done.stderr
+    assert not (checkout / ".venv").exists()

@@ -1,0 +1,172 @@
+"""Say whether this machine can run the book: one OK, NOTE or FAIL line per thing looked at.
+
+Works before anything is installed (standard library only) and then says what is missing.
+FAIL is what stops the book, NOTE what changes how it runs; the exit status is 1 after any FAIL.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+NEED_MEMORY_GB, NEED_DISK_GB = 4, 2
+WAIT_S = 3
+
+Line = tuple[str, str, str]  # OK, NOTE or FAIL; what was looked at; what was found
+
+
+def python() -> Iterator[Line]:
+    """Look at the interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):  # noqa: UP036 - readers run this with what they have
+        yield "FAIL", "Python", f"{version}: the book needs 3.11 or newer"
+    else:
+        yield "OK", "Python", f"{version} in {sys.prefix}"
+
+
+def bounds(project: Path = ROOT / "pyproject.toml") -> dict[str, str]:
+    """Return the packages the book names itself, with their bounds, from pyproject.toml."""
+    import tomllib  # not there before Python 3.11, which is one of the things to report
+
+    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    wanted = table["dependencies"] + table["optional-dependencies"]["book"]
+    return dict(re.match(r"([A-Za-z0-9_.-]+)\s*(.*)", line).groups() for line in wanted)
+
+
+def pins(requirements: Path = ROOT / "requirements.txt") -> dict[str, str]:
+    """Return the tested version of every package."""
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    return dict(m.groups() for line in lines if (m := re.match(r"([a-z0-9.-]+)==([^\s;]+)", line)))
+
+
+def packages() -> Iterator[Line]:
+    """Look for every package the book names, without importing any."""
+    tested = pins()
+    missing = []
+    for name in bounds():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if found.partition("+")[0] == tested[name]:
+            yield "OK", name, found
+        else:
+            yield "NOTE", name, f"{found}; the book was tested with {tested[name]}"
+    for name in missing:
+        yield "FAIL", name, "not installed: `make book` installs it, or pip -r requirements.txt"
+
+
+def gpu() -> Iterator[Line]:
+    """Look for a GPU that torch can use; importing torch elsewhere, because it is slow."""
+    if importlib.util.find_spec("torch") is None:
+        yield "NOTE", "GPU", "not looked at: torch is not installed"
+        return
+    code = (
+        "import torch; c = torch.cuda.is_available()\n"
+        "print(torch.cuda.get_device_name(0) if c else "
+        "'Apple GPU (mps)' if torch.backends.mps.is_available() else '')"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield "NOTE", "GPU", "torch took more than two minutes to answer"
+        return
+    if done.returncode != 0:
+        yield "FAIL", "GPU", f"torch does not import: {done.stderr.strip().splitlines()[-1]}"
+    elif name := done.stdout.strip():
+        yield "OK", "GPU", name
+    else:
+        yield "NOTE", "GPU", "none: everything runs on the CPU"
+
+
+def memory() -> Iterator[Line]:
+    """Look at the memory of the machine."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        yield "NOTE", "Memory", f"cannot be read here; {NEED_MEMORY_GB} GB are enough"
+        return
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    status = "OK" if size >= NEED_MEMORY_GB else "NOTE"
+    yield status, "Memory", f"{size:.1f} GB ({NEED_MEMORY_GB} GB are enough)"
+
+
+def cache_folder() -> Path:
+    """Return where the book keeps what it downloads and computes (as `make` sets it)."""
+    return Path(os.environ.get("STIMAGE_CACHE") or ROOT / ".cache").expanduser().resolve()
+
+
+def disk() -> Iterator[Line]:
+    """Look at the free space and the writability of the cache folder."""
+    cache = cache_folder()
+    there = next(p for p in (cache, *cache.parents) if p.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    if not os.access(there, os.W_OK):
+        yield "FAIL", "Disk", f"{there} cannot be written: set STIMAGE_CACHE to another folder"
+    elif free < NEED_DISK_GB:
+        yield "FAIL", "Disk", f"{free:.1f} GB free at {there}: {NEED_DISK_GB} GB are needed"
+    else:
+        yield "OK", "Disk", f"{free:.0f} GB free at {there}"
+
+
+def dataset() -> Iterator[Line]:
+    """Look at the local copy of the dataset."""
+    value = os.environ.get("STIMAGE_ROOT")
+    if not value:
+        yield "NOTE", "Dataset", "STIMAGE_ROOT is not set: demo is simulated, slides are downloaded"
+        return
+    root = Path(value).expanduser()
+    found = [t for t in ("ST", "Visium", "VisiumHD") if (root / t / "coord").is_dir()]
+    if not found:
+        yield "FAIL", "Dataset", f"STIMAGE_ROOT={value} has no ST, Visium or VisiumHD folder"
+        return
+    slides = sum(1 for t in found for _ in (root / t / "coord").glob("*_coord.csv"))
+    yield "OK", "Dataset", f"{slides} slides in {root} ({', '.join(found)})"
+
+
+def hub(address: str = HUB) -> Iterator[Line]:
+    """Try to reach the hub; give up soon, because a workshop may be offline."""
+    parts = urlsplit(address)
+    place = f"{parts.hostname}:{parts.port or 443}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        yield "NOTE", "Hub", "HF_HUB_OFFLINE is set: only downloaded slides can be used"
+        return
+    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+    command = [sys.executable, "-c", code, *place.rsplit(":", 1)]
+    try:  # in a process of its own: a name look-up cannot be timed out from inside
+        done = subprocess.run(command, capture_output=True, timeout=WAIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        yield "NOTE", "Hub", f"{place} did not answer in {WAIT_S} s: demo works, downloads do not"
+        return
+    if done.returncode == 0:
+        yield "OK", "Hub", f"{place} answers"
+    else:
+        yield "NOTE", "Hub", f"{place} cannot be reached: demo works, downloads do not"
+
+
+def main() -> int:
+    """Print the lines and return the exit status."""
+    failed = 0
+    for look in (python, packages, gpu, memory, disk, dataset, hub):
+        for status, what, found in look():
+            failed += status == "FAIL"
+            print(f"{status:4}  {what:18} {found}", flush=True)
+        if failed and look is python:
+            break  # nothing else can be looked at
+    print(f"{failed} of these stop the book." if failed else "This machine can run the book.")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Execute the chapters with papermill, one progress line each, into _build/<study>/notebooks.
+
+The folder also gets ``run.json``: what ran, from which sources, how long and with how much memory.
+``tools/build_book.py`` builds pages only from such a record, and only while it still fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import notebooks as nbs
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "notebooks"
+RECORD = "run.json"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotebookError(RuntimeError):
+    """A cell failed; the message holds the chapter, the cell and the traceback."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One executed chapter: seconds, peak memory in MB, and the digest of its source."""
+
+    seconds: float
+    peak_mb: float
+    source: str
+
+
+class PeakMemory(threading.Thread):
+    """Watch the kernels that this process starts; ``stop()`` returns their peak in MB."""
+
+    def __init__(self, every: float = 0.2) -> None:
+        super().__init__(daemon=True)
+        self.every, self.peak, self.done = every, 0, threading.Event()
+
+    def run(self) -> None:
+        """Sample the resident memory of all child processes until stopped."""
+        import psutil
+
+        me = psutil.Process()
+        while not self.done.wait(self.every):
+            total = 0
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue  # it ended between being listed and being asked
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> float:
+        """Stop sampling."""
+        self.done.set()
+        self.join()
+        return self.peak / 1e6
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def helpers_digest() -> str:
+    """Return one SHA-256 over the helper package: its code is part of what made a page."""
+    total = hashlib.sha256()
+    for path in sorted((ROOT / "src" / "helpers").rglob("*.py")):
+        total.update(f"{path.name} {digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def chapters(folder: Path, names: list[str] | None = None) -> list[Path]:
+    """Return the notebooks in order; ``names`` picks some by number, name or start of the name."""
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise SystemExit(f"There is no notebook in {folder}.")
+    for name in names or []:
+        if not any(p.stem.startswith(Path(name).stem) for p in found):
+            raise SystemExit(
+                f"No notebook is called {name}. There are: {', '.join(p.stem for p in found)}."
+            )
+    return [p for p in found if not names or any(p.stem.startswith(Path(n).stem) for n in names)]
+
+
+def absolute_paths() -> None:
+    """Make relative paths of the caller absolute: a chapter runs in a folder of its own."""
+    for name in ("STIMAGE_ROOT", "STIMAGE_CACHE", "HF_HOME"):
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
+
+
+def no_progress_bars() -> None:
+    """Turn progress bars off: they are for readers at a keyboard, on a page they are noise."""
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def kernel_environment() -> None:
+    """Set what every kernel inherits."""
+    no_progress_bars()
+    os.environ.pop("MPLBACKEND", None)  # figures go to the page, whatever the shell prefers
+    os.environ |= {
+        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one in the home folder
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONWARNINGS": "ignore::SyntaxWarning:docrep.decorators",  # whenever squidpy is imported
+    }
+
+
+def differing(notebook: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the wanted parameters that the notebook does not already have."""
+    (cell,) = [c for c in notebook["cells"] if "parameters" in nbs.tags(c)]
+    have = {
+        s.targets[0].id: ast.literal_eval(s.value)
+        for s in ast.parse(nbs.source(cell)).body
+        if isinstance(s, ast.Assign)
+    }
+    return {k: v for k, v in wanted.items() if have.get(k) != v}
+
+
+def clean(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Return an executed notebook without times, local paths and papermill's own marks."""
+    cells = []
+    for cell in notebook["cells"]:
+        kept = {k: v for k, v in cell["metadata"].items() if k in nbs.CELL_METADATA}
+        cell = {**cell, "metadata": kept}
+        if "injected-parameters" in kept.get("tags", []):
+            cell["id"] = "injected-parameters"
+        cells.append(cell)
+    return {**notebook, "cells": cells, "metadata": {"kernelspec": nbs.KERNEL}}
+
+
+def failure(path: Path, executed: dict[str, Any], error: Exception) -> str:
+    """Return the message for a failed cell: chapter, cell, its code, the traceback.
+
+    Works for an exception in a cell, for a cell out of time, and for a kernel that died.
+    """
+    code = [c for c in executed["cells"] if c["cell_type"] == "code"]
+    bad = next(c for c in reversed(code) if c["metadata"].get("papermill", {}).get("start_time"))
+    ids = [c["id"] for c in nbs.read(path)["cells"]]
+    number = ids.index(bad["id"]) + 1 if bad["id"] in ids else "added by papermill"
+    traceback = "\n".join(getattr(error, "traceback", [str(error)]))
+    kind = getattr(error, "ename", type(error).__name__)
+    what = f"{kind}: {getattr(error, 'evalue', error)}".splitlines()[0]
+    head = f"chapter {path.stem}, cell {bad['id']} (number {number}): {what}"
+    return f"{head}\n\n{nbs.source(bad).rstrip()}\n\n{ANSI.sub('', traceback).rstrip()}\n\n{head}"
+
+
+def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
+    """Execute one chapter in a fresh kernel and a folder of its own; write it to ``out``.
+
+    Raises
+    ------
+    NotebookError
+        A cell failed.  Nothing is written to ``out``.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    wanted = differing(nbs.read(path), {"STUDY": study})
+    start, memory = time.perf_counter(), PeakMemory()
+    memory.start()
+    with tempfile.TemporaryDirectory(prefix="chapter-") as folder:
+        scratch = Path(folder) / path.name
+        try:
+            papermill.execute_notebook(
+                path, scratch, wanted, cwd=folder, kernel_name="python3", progress_bar=False,
+                execution_timeout=timeout, **kernel_settings(),
+            )  # fmt: skip
+        except (PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
+            raise NotebookError(failure(path, nbs.read(scratch), error)) from None
+        finally:
+            peak = memory.stop()
+        nbs.write(clean(nbs.read(scratch)), out / path.name)
+    return Run(round(time.perf_counter() - start, 1), round(peak), digest(path))
+
+
+def kernel_settings() -> dict[str, Any]:
+    """Return how kernels start: talking over files instead of open ports, where that works.
+
+    Their own log is silenced, because it would land between the progress lines; what a cell prints
+    or raises does not go through it.
+    """
+    from traitlets.config import Config
+
+    files = Config() if sys.platform == "win32" else Config(KernelManager={"transport": "ipc"})
+    return {"config": files, "extra_arguments": ["--log-level=CRITICAL"]}
+
+
+def run(
+    folder: Path, out: Path, study: str, names: list[str] | None, timeout: int
+) -> dict[str, Any]:
+    """Execute the chapters in order, replace ``out`` by the result, and return the record.
+
+    The old folder stays as it is until every chapter has run.
+    """
+    todo, runs = chapters(folder, names), {}
+    width = max(len(p.stem) for p in todo)
+    record = {"study": study, "helpers": helpers_digest(), "complete": todo == chapters(folder)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    try:
+        for path in todo:
+            print(f"  {path.stem:{width}}  ", end="", flush=True)
+            try:
+                runs[path.stem] = done = execute(path, fresh, study, timeout)
+            except BaseException:
+                print("FAILED", flush=True)
+                raise
+            print(f"ok  {done.seconds:6.1f} s  peak {done.peak_mb / 1e3:.2f} GB", flush=True)
+        record["chapters"] = {name: asdict(r) for name, r in runs.items()}
+        (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.chmod(0o755)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return record
+
+
+def prepare(name: str) -> None:
+    """Say which study runs and from where, and have its files here before any chapter starts.
+
+    A download or a simulation inside a chapter would show no progress, and would fail late.
+    """
+    from helpers import catalog, simulate
+
+    root = os.environ.get("STIMAGE_ROOT") or "none (STIMAGE_ROOT is not set), so files are fetched"
+    place = "none needed, it is simulated" if name == "demo" else root
+    print(f"Study {name} · dataset root: {place}", flush=True)
+    try:
+        study = catalog.study(name)
+        if name == "demo":
+            simulate.demo_root()
+            return
+        for section in study.sections:
+            for kind in ("coord", "gene_exp", "image"):
+                catalog.find(section.slide, kind, tech=section.tech)
+    except catalog.DataError as error:
+        raise SystemExit(str(error)) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chapters; return the exit status."""
+    parser = argparse.ArgumentParser(description="Run the chapters of the book.")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="only these chapters, as 02 or 02_tiles (no pages can be built then)",
+    )
+    parser.add_argument("--study", default=os.environ.get("STUDY", "demo"))
+    parser.add_argument("--notebooks", type=Path, default=SOURCES, help="where the chapters are")
+    parser.add_argument("--out", type=Path, help="default: _build/<study>/notebooks")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds that one cell may take")
+    options = parser.parse_args(argv)
+    out = options.out or ROOT / "_build" / options.study / "notebooks"
+    absolute_paths()
+    if not sys.stderr.isatty():
+        no_progress_bars()
+    prepare(options.study)
+    kernel_environment()
+    start = time.perf_counter()
+    try:
+        record = run(options.notebooks, out, options.study, options.names, options.timeout)
+    except NotebookError as error:
+        print(
+            f"\n{error}\n\nThe pages of the last good run, if there are any, are untouched.",
+            file=sys.stderr,
+        )
+        return 1
+    seconds = time.perf_counter() - start
+    print(f"Chapters run: {len(record['chapters'])}, in {seconds:.0f} s, into {out}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
