@@ -1,0 +1,435 @@
+"""From raw counts to named gene panels.
+
+A panel is a list of gene *names*, with the slides it was chosen on; a matrix of expression always
+travels with its names, as a DataFrame. Counts are normalised on the full library, before any gene
+is left out. Everything stays sparse until `select` has cut a slide down to one panel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from helpers.files import DataError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+TARGET_SUM = 1e4
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A named list of genes.
+
+    Attributes
+    ----------
+    name
+        Short name for tables and figures.
+    genes
+        Gene symbols, unique, the best first where the method ranks them.
+    method
+        How they were chosen, in words.
+    slides
+        The slides they were chosen on. A panel is fit for testing on other slides only.
+    """
+
+    name: str
+    genes: tuple[str, ...]
+    method: str
+    slides: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.genes:
+            raise DataError(f"panel {self.name!r} has no genes")
+        twice = pd.Index(self.genes)[pd.Index(self.genes).duplicated()].unique()
+        if len(twice):
+            raise DataError(f"panel {self.name!r} names genes more than once: {_some(twice)}")
+
+
+def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
+    """Refuse a panel that was chosen with a slide which is to be tested on.
+
+    Parameters
+    ----------
+    panel
+        The panel.
+    slides
+        Held-out slides; with a held-out donor, all slides of that donor.
+
+    Raises
+    ------
+    DataError
+        Naming the slides that the panel has seen.
+    """
+    seen = sorted(set(panel.slides) & set(slides))
+    if seen:
+        raise DataError(
+            f"panel {panel.name!r} was chosen with held-out slides: {_some(seen)}",
+            fix="choose the panel on the training slides alone",
+        )
+
+
+def qc(adata: AnnData) -> pd.DataFrame:
+    """Quality measures per spot, as scanpy's ``calculate_qc_metrics`` defines them.
+
+    Parameters
+    ----------
+    adata
+        A slide with raw counts.
+
+    Returns
+    -------
+    DataFrame
+        Rows are spots: `total_counts` (library size), `n_genes_by_counts` (genes seen at all) and
+        `pct_counts_mt` (per cent of counts from mitochondrial genes, symbols ``MT-`` or ``mt-``;
+        NaN when the table has none of them).
+    """
+    import scanpy as sc
+    from anndata import AnnData
+
+    var = pd.DataFrame({"mt": adata.var_names.str.upper().str.startswith("MT-")}, adata.var_names)
+    bare = AnnData(raw_counts(adata), obs=pd.DataFrame(index=adata.obs_names), var=var)
+    spots, _ = sc.pp.calculate_qc_metrics(bare, qc_vars=["mt"], percent_top=None, log1p=False)
+    if not var["mt"].any():
+        spots["pct_counts_mt"] = np.nan
+    return spots[["total_counts", "n_genes_by_counts", "pct_counts_mt"]]
+
+
+def drop_empty(adata: AnnData, min_counts: int = 100) -> AnnData:
+    """Leave out spots with next to no counts.
+
+    A spot beside the tissue, or one whose reaction failed, may hold a single molecule. Scaled to a
+    full library, that molecule becomes thousands and outweighs every other spot.
+
+    Parameters
+    ----------
+    adata
+        A slide with raw counts.
+    min_counts
+        The smallest library to keep.
+
+    Returns
+    -------
+    AnnData
+        A copy of the spots kept.
+
+    Raises
+    ------
+    DataError
+        When no spot is left.
+    """
+    size = np.asarray(raw_counts(adata).sum(axis=1)).ravel()
+    keep = size >= min_counts
+    if not keep.any():
+        what = f"no spot has {min_counts} counts; the fullest has {size.max():.0f}"
+        raise DataError(what, slide=_name(adata), fix="lower min_counts")
+    logger.info("slide %s: %d of %d spots left out", _name(adata), (~keep).sum(), len(keep))
+    return adata[keep].copy()
+
+
+def normalise(adata: AnnData, target_sum: float = TARGET_SUM) -> AnnData:
+    """Scale every spot to the same library size and take log(1 + x).
+
+    Done on all genes of the slide, before any are left out: the library size is a property of the
+    spot, not of a panel.
+
+    Parameters
+    ----------
+    adata
+        A slide with raw counts in ``X``.
+    target_sum
+        Counts per spot after scaling. Fixed, so that slides share one scale.
+
+    Returns
+    -------
+    AnnData
+        A copy: ``X`` log-normalised (CSR float32), ``layers["counts"]`` the raw counts.
+
+    Raises
+    ------
+    DataError
+        When the slide is normalised already, or its ``X`` holds no counts.
+    """
+    import scanpy as sc
+
+    if "counts" in adata.layers or "log1p" in adata.uns:
+        raise DataError("the slide is normalised already", slide=_name(adata), fix="do it once")
+    counts = raw_counts(adata)
+    result = adata.copy()
+    result.layers["counts"] = counts.copy()
+    sc.pp.normalize_total(result, target_sum=target_sum)
+    sc.pp.log1p(result)
+    return result
+
+
+def raw_counts(adata: AnnData) -> sparse.csr_matrix:
+    """Raw counts of a slide, normalised or not, as CSR (n_spots, n_genes); not a copy.
+
+    Raises
+    ------
+    DataError
+        When there are none, or a gene symbol or the whole slide is not usable.
+    """
+    slide = _name(adata)
+    X = sparse.csr_matrix(adata.layers.get("counts", adata.X))
+    if 0 in X.shape:
+        raise DataError(f"the slide has {X.shape[0]} spots and {X.shape[1]} genes", slide=slide)
+    if (X.data < 0).any() or (X.data != np.floor(X.data)).any():
+        fix = "load the raw counts, or keep them in layers['counts'] as `normalise` does"
+        raise DataError("X holds negative or fractional values, not counts", slide=slide, fix=fix)
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()].unique()
+        raise DataError(f"gene symbols come more than once: {_some(twice)}", slide=slide)
+    return X
+
+
+def hvg(adata: AnnData, n: int = 128) -> Panel:
+    """Highly variable genes of one slide: the paper's per-slide panel.
+
+    Genes are ranked by the variance of their analytic Pearson residuals (Lause et al. 2021,
+    doi:10.1186/s13059-021-02451-7), computed by scanpy on raw counts. Spots and genes without a
+    count are left out first.
+
+    Parameters
+    ----------
+    adata
+        One slide.
+    n
+        Number of genes.
+
+    Returns
+    -------
+    Panel
+        Best gene first.
+    """
+    import scanpy as sc
+
+    slide = _name(adata)
+    expressed = _expressed(raw_counts(adata), adata.var_names, [slide] * adata.n_obs)
+    _enough(n, expressed.n_vars, (slide,))
+    table = sc.experimental.pp.highly_variable_genes(expressed, n_top_genes=n, inplace=False)
+    ranks = table.loc[table["highly_variable"], "highly_variable_rank"].sort_values(kind="stable")
+    return Panel(f"hvg-{n} {slide}", tuple(ranks.index), "Pearson residuals, one slide", (slide,))
+
+
+def overlap_hvg(
+    adatas: Mapping[str, AnnData] | Iterable[AnnData],
+    n: int = 100,
+    target_sum: float | None = None,
+) -> Panel:
+    """Highly variable genes shared by several slides, the paper's way.
+
+    Keep the genes that every slide measured, put all spots together, scale every spot to the same
+    sum over these genes, log1p, and take the `n` genes of highest normalised dispersion (flavour
+    ``seurat``, Satija et al. 2015, doi:10.1038/nbt.3192).
+    All spots count alike, whatever slide they come from: see `overlap_hvg_batch`.
+
+    Parameters
+    ----------
+    adatas
+        At least two slides with raw counts.
+    n
+        Number of genes.
+    target_sum
+        Counts per spot after scaling; the median over all spots when None, as in the paper.
+
+    Returns
+    -------
+    Panel
+        Highest normalised dispersion first.
+
+    Raises
+    ------
+    DataError
+        When slides share no gene, or fewer than `n` genes with counts.
+    """
+    return _overlap(adatas, n, target_sum, batch=False)
+
+
+def overlap_hvg_batch(
+    adatas: Mapping[str, AnnData] | Iterable[AnnData],
+    n: int = 100,
+    target_sum: float | None = None,
+) -> Panel:
+    """Highly variable genes shared by several slides, chosen within each slide.
+
+    As `overlap_hvg`, but dispersions are computed slide by slide, and genes are ranked by the
+    number of slides in which they are among the `n` best, then by their mean dispersion
+    (scanpy's ``batch_key``). It picks other genes than the paper's way does: differences between
+    slides no longer count as variation.
+    """
+    return _overlap(adatas, n, target_sum, batch=True)
+
+
+def _overlap(
+    adatas: Mapping[str, AnnData] | Iterable[AnnData],
+    n: int,
+    target_sum: float | None,
+    batch: bool,
+) -> Panel:
+    import scanpy as sc
+
+    slides = _named(adatas)
+    genes = shared_genes(slides)
+    _enough(n, len(genes), slides)
+    X = sparse.vstack(
+        [raw_counts(a)[:, a.var_names.get_indexer(genes)] for a in slides.values()], "csr"
+    )
+    origin = np.repeat(list(slides), [a.n_obs for a in slides.values()])
+    pooled = _expressed(X, genes, origin)
+    _enough(n, pooled.n_vars, slides)
+    sc.pp.normalize_total(pooled, target_sum=target_sum)
+    sc.pp.log1p(pooled)
+    table = sc.pp.highly_variable_genes(
+        pooled, n_top_genes=n, batch_key="slide" if batch else None, inplace=False
+    )
+    rank = ["highly_variable_nbatches"] * batch + ["dispersions_norm"]
+    table = table[table["highly_variable"]].sort_values(rank, ascending=False, kind="stable")
+    # A tie at the last place lets scanpy return more than n; the first n are kept.
+    chosen = tuple(table.index[:n])
+    if batch:
+        return Panel(f"overlap-hvg-batch-{n}", chosen, "dispersion within slides", tuple(slides))
+    return Panel(f"overlap-hvg-{n}", chosen, "dispersion over all spots pooled", tuple(slides))
+
+
+def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
+    """Genes that all slides measured, in the order of the first slide.
+
+    Raises
+    ------
+    DataError
+        When there is none.
+    """
+    slides = _named(adatas)
+    first, *others = slides.values()
+    genes = first.var_names
+    for other in others:
+        genes = genes[genes.isin(other.var_names)]
+        if not len(genes):
+            what = f"shares no gene with the slides before it ({_some(slides)})"
+            raise DataError(what, slide=_name(other), fix="compare slides of one species")
+    return genes
+
+
+def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
+    """Expression of a panel: rows are spots, columns are genes in the panel's order, by name.
+
+    Parameters
+    ----------
+    adata
+        One slide, as a rule from `normalise`.
+    panel
+        The genes.
+
+    Returns
+    -------
+    DataFrame
+        ``X`` of these genes, dense float32, index spot ids, columns gene symbols.
+
+    Raises
+    ------
+    DataError
+        When the slide lacks genes of the panel. Filling them with zeros would say "not expressed"
+        where the truth is "not measured".
+    """
+    column = adata.var_names.get_indexer(panel.genes)
+    missing = [gene for gene, at in zip(panel.genes, column, strict=True) if at < 0]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(panel.genes)} genes of panel {panel.name!r} were not measured:"
+            f" {_some(missing)}",
+            slide=_name(adata),
+            fix="choose the panel among genes that all slides share",
+        )
+    values = sparse.csr_matrix(adata.X)[:, column].toarray().astype(np.float32, copy=False)
+    return pd.DataFrame(values, index=adata.obs_names, columns=list(panel.genes))
+
+
+def jaccard(one: Panel | Iterable[str], two: Panel | Iterable[str]) -> float:
+    """Share of genes in both among genes in either, 0 to 1 (Jaccard index)."""
+    a, b = (set(x.genes if isinstance(x, Panel) else x) for x in (one, two))
+    if not a | b:
+        raise ValueError("both gene lists are empty")
+    return len(a & b) / len(a | b)
+
+
+def concatenated_ranks(
+    adatas: Mapping[str, AnnData] | Iterable[AnnData], n: int = 128
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Repeat a mistake: stack each slide's own HVGs by rank and lose their names.
+
+    Every slide gets its own `hvg` panel, columns in order of rank; the tables are put under each
+    other as bare numbers. Column j is then another gene in every slide. For chapter 3, which shows
+    what that does; nothing else in the book may use it.
+
+    Parameters
+    ----------
+    adatas
+        Slides from `normalise`.
+    n
+        Genes per slide.
+
+    Returns
+    -------
+    values : ndarray
+        float32, shape (spots of all slides, n), without names, as the mistake has it.
+    names : DataFrame
+        What the columns really are: rows are columns of `values` (rank 0 first), one column per
+        slide.
+    """
+    slides = _named(adatas)
+    panels = {slide: hvg(adata, n) for slide, adata in slides.items()}
+    values = np.vstack([select(a, panels[slide]).to_numpy() for slide, a in slides.items()])
+    return values, pd.DataFrame({slide: panel.genes for slide, panel in panels.items()})
+
+
+def _expressed(X: sparse.csr_matrix, genes: pd.Index, origin: Sequence[str]) -> AnnData:
+    """AnnData of the spots and genes with a count, maybe sharing `X`; `origin`: slide by spot."""
+    from anndata import AnnData
+
+    rows = np.flatnonzero(np.asarray(X.sum(axis=1)).ravel())
+    columns = np.flatnonzero(np.asarray(X.sum(axis=0)).ravel())
+    X = X[rows] if len(rows) < X.shape[0] else X
+    X = X[:, columns] if len(columns) < X.shape[1] else X
+    obs = pd.DataFrame({"slide": pd.Categorical(np.asarray(origin)[rows])}, rows.astype(str))
+    return AnnData(X, obs=obs, var=pd.DataFrame(index=genes[columns]))
+
+
+def _name(adata: AnnData) -> str:
+    """Slide name of an AnnData, from its spots."""
+    names = adata.obs["slide"].unique() if "slide" in adata.obs else []
+    return str(names[0]) if len(names) == 1 else "unnamed"
+
+
+def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> dict[str, AnnData]:
+    """Slides by name, at least two."""
+    if isinstance(adatas, Mapping):
+        slides = dict(adatas)
+    else:
+        given = list(adatas)
+        slides = {_name(adata): adata for adata in given}
+        if len(slides) < len(given) or "unnamed" in slides:
+            fix = "fill obs['slide'], or pass a dict of slides by name"
+            raise DataError("slides without a name of their own", fix=fix)
+    if len(slides) < 2:
+        raise DataError(f"{len(slides)} slides given where several are compared")
+    return slides
+
+
+def _enough(n: int, available: int, slides: Iterable[str]) -> None:
+    if not 0 < n <= available:
+        raise DataError(f"{n} genes asked for, {available} with counts on slides: {_some(slides)}")
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
