@@ -87,9 +87,15 @@ def test_space_ranger_counts_keep_their_spots(outs):
     assert adata.obs_names[0] == "Mine_ACGT0000-1"
 
 
-def test_space_ranger_repeated_symbols_are_numbered_and_logged(outs, caplog):
-    assert list(own.read_space_ranger(outs).var_names)[-2:] == ["Gd", "Gd-1"]
-    assert "1 gene symbols repeat" in caplog.text
+def test_space_ranger_repeated_symbols_are_added_up_and_logged(outs, caplog):
+    adata = own.read_space_ranger(outs)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5") as file:
+        group = file["matrix"]
+        parts = (group[name][()] for name in ("data", "indices", "indptr"))
+        truth = sparse.csc_matrix(tuple(parts), shape=group["shape"][()]).toarray()
+    assert list(adata.var_names) == ["Ga", "Gb", "Gc", "Gd"]
+    assert adata.X[:, 3].toarray().ravel().tolist() == (truth[3] + truth[4]).tolist()
+    assert "1 gene symbols come more than once (Gd)" in caplog.text
 
 
 @pytest.mark.parametrize(

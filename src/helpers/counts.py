@@ -129,7 +129,7 @@ def read_dense(path: Path | str, *, slide: str | None = None) -> Counts:
     genes = pd.Index(header).unique()
     X = sparse.csr_matrix((data, indices, indptr), shape=(len(spots), len(header)))
     if len(genes) < len(header):
-        X = _add_up(X, pd.Index(header), genes, slide, path)
+        X = add_up(X, pd.Index(header), genes, slide, path)
     return Counts(X, pd.Index(spots), genes)
 
 
@@ -263,10 +263,13 @@ def _spelled(body: bytes, where: str, genes: list[str], fail: Callable[..., Data
     raise fail(f"{where}: the count of gene {genes[column]!r} {kind}", "use the raw count table")
 
 
-def _add_up(
+def add_up(
     X: sparse.csr_matrix, header: pd.Index, genes: pd.Index, slide: str | None, path: Path
 ) -> sparse.csr_matrix:
-    """Add the columns that carry the same gene symbol."""
+    """Add the columns of `X` that carry the same gene symbol, and log one warning.
+
+    `header` names the columns of `X`; `genes` are its unique symbols, the columns of the result.
+    """
     repeated = header[header.duplicated()].unique()
     logger.warning(
         "slide %s, file %s: %d gene symbols come more than once (%s); their counts are added",

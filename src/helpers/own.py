@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from helpers import counts
 from helpers.files import DataError
 from helpers.slides import attach_image, shared_ids
 
@@ -133,11 +134,12 @@ def _own(
 
 
 def _unique_genes(adata: ad.AnnData, slide: str, file: Path) -> ad.AnnData:
-    """Make gene symbols unique by numbering repeats, as scanpy does, and log it."""
-    if twice := int(adata.var_names.duplicated().sum()):
-        logger.warning("slide %s, file %s: %d gene symbols repeat; numbered", slide, file, twice)
-        adata.var_names_make_unique()
-    return adata
+    """Add up the counts of genes with the same symbol, as for the dataset's own slides."""
+    if adata.var_names.is_unique:
+        return adata
+    genes = adata.var_names.unique()
+    X = counts.add_up(sparse.csr_matrix(adata.X), adata.var_names, genes, slide, file)
+    return ad.AnnData(X, obs=adata.obs, var=pd.DataFrame(index=genes), obsm=dict(adata.obsm))
 
 
 def _need(path: Path, slide: str) -> Path:

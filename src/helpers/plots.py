@@ -185,3 +185,26 @@ def close_up(
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
+
+
+def tile(array: np.ndarray, side_um: float, *, ax: Axes | None = None, bar: bool = True) -> Axes:
+    """Draw one tile.
+
+    Parameters
+    ----------
+    array
+        uint8 ``(size, size, 3)``.
+    side_um
+        Its side in um.
+    ax
+        Where to draw; new axes when not given.
+    bar
+        Draw a scale bar; of a grid of tiles of one size, one is enough.
+    """
+    ax = ax or plt.subplots(figsize=(2, 2))[1]
+    ax.imshow(array)
+    if bar:
+        scale_bar(ax, side_um / len(array))
+    ax.set(xticks=[], yticks=[])
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax

@@ -1,0 +1,473 @@
+"""tiles: cut in microns, in the order of the spots, cached whole and never stale."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from helpers import files, images, tiles
+from helpers.files import DataError
+
+SLIDE = "Some_Slide_1"
+
+
+def picture(height=240, width=320, seed=0):
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (2, 2, 0))
+    return np.clip(smooth / smooth.std() * 50 + 150, 0, 255).astype(np.uint8)
+
+
+def make(folder, xy, pixels=None, *, um_per_px=2.0, slide=SLIDE, kind="PNG"):
+    """An AnnData as helpers.slides makes it, around an image named .png."""
+    path = folder / f"{slide}.png"
+    if pixels is not None:
+        Image.fromarray(pixels).save(path, kind)
+    xy = np.asarray(xy, float)
+    names = pd.Index([f"{slide}_{i}x1" for i in range(len(xy))])
+    adata = ad.AnnData(np.zeros((len(xy), 1), np.float32), obs=pd.DataFrame(index=names))
+    adata.obsm["spatial"] = xy
+    adata.uns["spatial"] = {
+        slide: {"images": {}, "metadata": {"image_path": str(path)}, "um_per_px": um_per_px}
+    }
+    return adata
+
+
+def reference(pixels, x, y, side, size, margin=200, mode="white"):
+    """Pillow on an image that was enlarged by hand."""
+    pad = ((margin, margin), (margin, margin), (0, 0))
+    if mode == "white":
+        large = np.pad(pixels, pad, constant_values=255)
+    else:
+        large = np.pad(pixels, pad, mode="reflect")
+    left, top = x + margin - side / 2, y + margin - side / 2
+    box = (left, top, left + side, top + side)
+    image = Image.fromarray(large)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
+
+
+# --------------------------------------------------------------------------- pixels
+
+
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    x=st.floats(-20, 340),
+    y=st.floats(-20, 260),
+    side_um=st.floats(81, 300),
+    size=st.sampled_from([16, 33, 96]),
+    edge=st.sampled_from(["pad", "reflect"]),
+)
+def test_tile_equals_pillow_within_two_levels_also_over_the_border(
+    tmp_path, x, y, side_um, size, edge
+):
+    pixels = picture()
+    adata = make(tmp_path, [(x, y)], pixels)
+    tile = tiles.cut(adata, side_um=side_um, size=size, edge=edge, cache=False).array[0]
+    expected = reference(pixels, x, y, side_um / 2, size, mode="white" if edge == "pad" else edge)
+    assert np.abs(tile - expected).max() <= 2
+
+
+def test_same_tissue_at_other_resolution_gives_the_same_tile(tmp_path):
+    fine = np.asarray(Image.fromarray(picture(200, 200)).resize((920, 920), Image.BICUBIC))
+    coarse = np.asarray(Image.fromarray(fine).resize((200, 200), Image.BICUBIC))
+    a = make(tmp_path, [(460, 400)], fine, um_per_px=1.0, slide="Fine_1")
+    b = make(tmp_path, [(100, 400 / 4.6)], coarse, um_per_px=4.6, slide="Coarse_1")
+    both = tiles.cut_study([a, b], side_um=300, size=48)
+    assert np.abs(both.array[0].astype(int) - both.array[1]).mean() < 3
+    assert both.settings["slides"]["Fine_1"]["side_px"] == 300
+    assert both.settings["slides"]["Coarse_1"]["side_px"] == pytest.approx(300 / 4.6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_every_format_is_cut(tmp_path, kind):
+    adata = make(tmp_path, [(100, 100)], picture(), kind=kind)
+    path = tmp_path / f"{SLIDE}.png"
+    expected = reference(np.asarray(Image.open(path)), 100, 100, 50, 32)
+    assert np.abs(tiles.cut(adata, size=32).array[0] - expected).max() <= 2
+
+
+def test_tiff_above_the_limit_is_cut_by_region(tmp_path, monkeypatch):
+    adata = make(tmp_path, [(100, 100), (0, 0)])
+    path = tmp_path / f"{SLIDE}.png"
+    tifffile.imwrite(path, picture(1200, 1600), photometric="rgb", tile=(64, 64))
+    whole = tiles.cut(adata, size=32, edge="reflect", cache=False).array
+    monkeypatch.setattr(images, "MAX_PIXELS", 400_000)
+    by_region = tiles.cut(adata, size=32, edge="reflect", cache=False).array
+    assert np.array_equal(whole, by_region)
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def test_rows_are_in_the_order_of_the_spots_of_every_slide(tmp_path):
+    flat = [np.full((100, 100, 3), 40 * i, np.uint8) for i in (1, 2)]
+    for pixels in flat:
+        pixels[:, 50:] += 100
+    a = make(tmp_path, [(75, 50), (25, 50), (75, 20)], flat[0], slide="A_1")
+    b = make(tmp_path, [(25, 50), (75, 50)], flat[1], slide="B_1")
+    result = tiles.cut_study({"A_1": a, "B_1": b}, side_um=20, size=8)
+    assert result.array[:, 4, 4, 0].tolist() == [140, 40, 140, 80, 180]
+    assert list(result.index.index) == [*a.obs_names, *b.obs_names]
+    assert result.index["slide"].tolist() == ["A_1"] * 3 + ["B_1"] * 2
+    assert result.index["row"].tolist() == [0, 1, 2, 3, 4]
+    assert result.index[["x_px", "y_px"]].to_numpy().tolist()[3] == [25, 50]
+
+
+def test_many_spots_keep_their_order_through_the_threads(tmp_path):
+    pixels = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 200, 0).repeat(3, 2)
+    x = np.random.default_rng(0).permutation(np.arange(10, 190))
+    result = tiles.cut(make(tmp_path, np.c_[x, x], pixels), side_um=2, size=1)
+    assert np.abs(result.array[:, 0, 0, 0].astype(int) - x).max() <= 1
+
+
+def test_array_is_memory_mapped_uint8_and_cannot_be_spoilt(tmp_path):
+    result = tiles.cut(make(tmp_path, [(100, 100)], picture()), size=40)
+    assert isinstance(result.array, np.memmap)
+    assert result.array.shape == (1, 40, 40, 3)
+    assert result.array.dtype == np.uint8
+    with pytest.raises(ValueError, match="read-only"):
+        result.array[0] = 0
+
+
+def test_spot_ids_that_look_like_numbers_or_nothing_stay_text(tmp_path):
+    adata = make(tmp_path, [(100, 100), (50, 50), (60, 60)], picture())
+    adata.obs_names = ["007", "NA", "1e5"]
+    tiles.cut(adata, size=8)
+    assert list(tiles.cut(adata, size=8).index.index) == ["007", "NA", "1e5"]
+
+
+# --------------------------------------------------------------------------- edges
+
+
+def test_index_says_which_share_of_the_tile_is_inside(tmp_path):
+    adata = make(tmp_path, [(160, 120), (0, 120), (0, 0), (10, 120)], picture())
+    assert tiles.cut(adata, side_um=80, size=8).index["inside"].tolist() == [1, 0.5, 0.25, 0.75]
+
+
+def test_padding_is_white_and_reflection_is_tissue(tmp_path):
+    adata = make(tmp_path, [(0, 120)], np.full((240, 320, 3), 90, np.uint8))
+    assert (tiles.cut(adata, size=10, edge="pad").array[0, :, :4] == 255).all()
+    assert (tiles.cut(adata, size=10, edge="reflect").array[0] == 90).all()
+
+
+def test_drop_leaves_border_spots_out_and_keeps_the_others_order(tmp_path):
+    adata = make(tmp_path, [(160, 120), (3, 120), (100, 100)], picture())
+    result = tiles.cut(adata, size=8, edge="drop")
+    assert list(result.index.index) == [adata.obs_names[0], adata.obs_names[2]]
+    assert len(result.array) == 2
+
+
+def test_error_names_the_first_border_spot(tmp_path):
+    adata = make(tmp_path, [(160, 120), (3, 120)], picture())
+    with pytest.raises(DataError, match=rf"slide {SLIDE}.*1 of 2 tiles.*{SLIDE}_1x1.*Fix:.*pad"):
+        tiles.cut(adata, size=8, edge="error")
+
+
+@pytest.mark.parametrize("edge", tiles.EDGES)
+def test_tile_wholly_outside_is_refused_whatever_the_edge(tmp_path, edge):
+    adata = make(tmp_path, [(160, 120), (400, 120)], picture())
+    with pytest.raises(DataError, match=rf"slide {SLIDE}, file .*outside the image of 320 x 240"):
+        tiles.cut(adata, side_um=50, size=8, edge=edge)
+
+
+# --------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count how often an image is decoded."""
+    calls, read = [], images.read
+    monkeypatch.setattr(images, "read", lambda *a, **k: calls.append(1) or read(*a, **k))
+    return calls
+
+
+def test_second_call_decodes_nothing_and_gives_the_same(tmp_path, counted):
+    adata = make(tmp_path, [(100, 100), (30.25, 60.1234567890123)], picture())
+    first, second = tiles.cut(adata, size=24), tiles.cut(adata, size=24)
+    assert len(counted) == 1
+    assert np.array_equal(first.array, second.array)
+    pd.testing.assert_frame_equal(first.index, second.index)
+    assert first.settings == second.settings
+
+
+def test_one_decode_per_slide(tmp_path, counted):
+    adata = make(tmp_path, [(100, 100)] * 50, picture())
+    tiles.cut(adata, size=8)
+    assert len(counted) == 1
+
+
+def test_cached_and_fresh_tiles_agree(tmp_path):
+    adata = make(tmp_path, [(100, 100), (2, 2)], picture())
+    cached, fresh = tiles.cut(adata, size=24), tiles.cut(adata, size=24, cache=False)
+    assert np.array_equal(cached.array, fresh.array)
+    pd.testing.assert_frame_equal(cached.index, fresh.index)
+
+
+def test_nothing_is_written_without_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+    tiles.cut(make(tmp_path, [(100, 100)], picture()), size=8, cache=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_changed_image_is_cut_again(tmp_path):
+    adata = make(tmp_path, [(100, 100)], np.full((240, 320, 3), 50, np.uint8))
+    tiles.cut(adata, size=8)
+    make(tmp_path, [(100, 100)], np.full((240, 320, 3), 60, np.uint8))
+    assert (tiles.cut(adata, size=8).array == 60).all()
+
+
+def test_changed_coordinates_are_cut_again(tmp_path):
+    pixels = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 200, 0).repeat(3, 2)
+    first = tiles.cut(make(tmp_path, [(100, 100)], pixels), size=9, side_um=20)
+    second = tiles.cut(make(tmp_path, [(101, 100)]), size=9, side_um=20)
+    assert second.array[0, 4, 4, 0] - first.array[0, 4, 4, 0] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"side_um": 50.0}, {"size": 25}, {"edge": "reflect"}], ids=lambda c: next(iter(c))
+)
+def test_changed_settings_are_cut_again(tmp_path, counted, change):
+    adata = make(tmp_path, [(20, 100)], picture())
+    base = {"side_um": 100.0, "size": 24, "edge": "pad"}
+    tiles.cut(adata, **base)
+    result = tiles.cut(adata, **{**base, **change})
+    assert len(counted) == 2
+    assert {k: result.settings[k] for k in base} == {**base, **change}
+
+
+def test_changed_scale_is_cut_again(tmp_path, counted):
+    adata = make(tmp_path, [(100, 100)], picture())
+    tiles.cut(adata, size=8)
+    adata.uns["spatial"][SLIDE]["um_per_px"] = 3.0
+    tiles.cut(adata, size=8)
+    assert len(counted) == 2
+
+
+def test_changed_spot_ids_are_not_served_the_old_index(tmp_path):
+    adata = make(tmp_path, [(100, 100)], picture())
+    tiles.cut(adata, size=8)
+    adata.obs_names = ["other"]
+    assert list(tiles.cut(adata, size=8).index.index) == ["other"]
+
+
+@pytest.mark.parametrize("name", ["tiles.npy", "index.csv", "settings.json"])
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_damaged_cache_is_cut_again_with_a_warning(tmp_path, caplog, name, damage):
+    adata = make(tmp_path, [(100, 100), (50, 50)], picture())
+    good = np.array(tiles.cut(adata, size=16).array)
+    (file,) = [f for f in (files.cache_dir() / "tiles").rglob(name) if _holds(f, adata)]
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    again = tiles.cut(adata, size=16)
+    assert np.array_equal(again.array, good)
+    assert "damaged" in caplog.text
+
+
+def _holds(file, adata):
+    """Whether a cached folder is the one just written (tests share a cache)."""
+    newest = max(file.parent.parent.iterdir(), key=lambda f: f.stat().st_mtime_ns)
+    return file.parent == newest
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = {path!r}
+    import test_tiles
+    from pathlib import Path
+    from helpers import tiles
+
+    adata = test_tiles.make(Path({folder!r}), [(100, 100), (50, 50)], test_tiles.picture())
+    measure = tiles.focus
+
+    def die(array):  # when the tiles are in the file, but not yet the index
+        os.kill(os.getpid(), {signal})
+
+    tiles.focus = die
+    tiles.cut(adata, size=16)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_killed_while_writing_leaves_nothing_to_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+    program = KILLED.format(path=sys.path, folder=str(tmp_path), signal=int(signal.SIGKILL))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    left = list((tmp_path / "cache/tiles").rglob("tiles.npy"))
+    assert len(left) == 1  # half-written, in a temporary folder that nobody reads
+    assert left[0].parent.parent.name.startswith(".")
+    adata = make(tmp_path, [(100, 100), (50, 50)])
+    result = tiles.cut(adata, size=16)
+    assert np.abs(result.array[0] - reference(picture(), 100, 100, 50, 16)).max() <= 2
+
+
+def test_failure_while_cutting_leaves_the_cache_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+    data = np.random.default_rng(0).integers(0, 255, (240, 320, 3)).astype(np.uint8)
+    adata = make(tmp_path, [(100, 100)], data, kind="JPEG")
+    path = tmp_path / f"{SLIDE}.png"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=rf"slide {SLIDE}, file .*truncated"):
+        tiles.cut(adata, size=16)
+    assert list((tmp_path / "cache/tiles").iterdir()) == []
+
+
+def test_unwritable_cache_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="cache cannot be written"):
+        tiles.cut(make(tmp_path, [(100, 100)], picture()), size=8)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"side_um": 0}, {"side_um": -1}, {"side_um": np.nan}, {"size": 0}, {"edge": "wrap"}],
+    ids=str,
+)
+def test_senseless_settings_are_refused(tmp_path, change):
+    with pytest.raises(DataError, match="cannot be cut"):
+        tiles.cut(make(tmp_path, [(100, 100)], picture()), **change)
+
+
+def test_slide_without_place_is_refused():
+    adata = ad.AnnData(np.zeros((1, 1), np.float32))
+    with pytest.raises(DataError, match=r"does not say where it is.*helpers\.slides"):
+        tiles.cut(adata)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan])
+def test_senseless_scale_is_refused(tmp_path, scale):
+    adata = make(tmp_path, [(100, 100)], picture(), um_per_px=scale)
+    with pytest.raises(DataError, match=rf"slide {SLIDE}.*um_per_px"):
+        tiles.cut(adata)
+
+
+def test_coordinates_that_are_no_numbers_are_refused(tmp_path):
+    with pytest.raises(DataError, match=rf"slide {SLIDE}.*no numbers"):
+        tiles.cut(make(tmp_path, [(np.nan, 100)], picture()))
+
+
+def test_missing_image_is_named(tmp_path):
+    with pytest.raises(DataError, match=rf"slide {SLIDE}, file .*{SLIDE}\.png.*missing"):
+        tiles.cut(make(tmp_path, [(100, 100)]))
+
+
+def test_no_spot_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no spot"):
+        tiles.cut(make(tmp_path, np.empty((0, 2)), picture()))
+
+
+def test_spot_ids_that_repeat_over_slides_are_refused(tmp_path):
+    adata = make(tmp_path, [(100, 100)], picture())
+    with pytest.raises(DataError, match="stands twice"):
+        tiles.cut_study([adata, adata.copy()])
+
+
+# --------------------------------------------------------------------------- quality
+
+
+def test_focus_is_the_variance_of_the_laplacian():
+    array = np.stack([picture(40, 50, seed) for seed in range(3)])
+    grey = array @ np.array([0.299, 0.587, 0.114])
+    expected = [ndimage.laplace(g)[1:-1, 1:-1].var() for g in grey]
+    assert tiles.focus(array) == pytest.approx(expected, rel=1e-6)
+
+
+def test_blur_lowers_focus():
+    sharp = picture(60, 60)
+    blurred = ndimage.gaussian_filter(sharp, (2, 2, 0))
+    values = tiles.focus(np.stack([sharp, blurred]))
+    assert values[1] < values[0] / 2
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 2, 2, 3), (0, 8, 8, 3)])
+def test_focus_of_uniform_tiny_or_no_tiles_is_zero(shape):
+    assert tiles.focus(np.full(shape, 7, np.uint8)).tolist() == [0] * shape[0]
+
+
+def test_tissue_is_what_is_darker_than_the_glass():
+    array = np.full((3, 10, 10, 3), 255, np.uint8)
+    array[1, :, :5] = (200, 120, 170)
+    array[2] = (200, 120, 170)
+    assert tiles.tissue_fraction(array).tolist() == [0, 0.5, 1]
+
+
+def test_tissue_follows_optical_density_against_the_glass_given():
+    rng = np.random.default_rng(0)
+    array = rng.integers(1, 256, (5, 20, 20, 3)).astype(np.uint8)
+    glass = np.array([220.0, 208.0, 223.0])
+    density = -np.log10(array / glass).mean(-1)
+    expected = (density > tiles.TISSUE_OD).mean((1, 2))
+    assert tiles.tissue_fraction(array, glass) == pytest.approx(expected, abs=0.003)
+
+
+def test_lilac_glass_is_not_taken_for_tissue_when_cutting(tmp_path):
+    pixels = np.full((240, 320, 3), (220, 208, 223), np.uint8)
+    pixels[80:160, 100:200] = (150, 120, 170)
+    adata = make(tmp_path, [(40, 40), (150, 120)], pixels)
+    assert tiles.cut(adata, side_um=60, size=16).index["tissue"].tolist() == [0, 1]
+
+
+def test_white_painted_around_the_tissue_is_not_taken_for_its_glass(tmp_path):
+    pixels = np.full((240, 320, 3), 255, np.uint8)
+    pixels[20:200, 20:300] = (225, 210, 228)  # glass that the mask left
+    pixels[80:160, 100:200] = (150, 120, 170)
+    adata = make(tmp_path, [(60, 60), (150, 120)], pixels)
+    assert tiles.cut(adata, side_um=60, size=16).index["tissue"].tolist() == [0, 1]
+
+
+def test_glass_of_a_white_slide_is_white(tmp_path):
+    pixels = np.full((240, 320, 3), 255, np.uint8)
+    result = tiles.cut(make(tmp_path, [(60, 60)], pixels), size=16)
+    assert result.settings["slides"][SLIDE]["glass"] == [255, 255, 255]
+    assert result.index["tissue"].tolist() == [0]
+
+
+def test_index_agrees_with_the_measures_of_the_array(tmp_path):
+    result = tiles.cut(make(tmp_path, [(100, 100), (200, 90)], picture()), size=32)
+    glass = result.settings["slides"][SLIDE]["glass"]
+    assert result.index["focus"].tolist() == tiles.focus(result.array).tolist()
+    assert result.index["tissue"].tolist() == tiles.tissue_fraction(result.array, glass).tolist()
+
+
+# --------------------------------------------------------------------------- real
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("slide", "r"),
+    [
+        ("Mouse_OlfactoryBulb_Stahl_07012016_ST_Rep4", 18.156),
+        ("Human_Breast_Andersson_10142021_ST_C2", 72.66),
+    ],
+)
+def test_real_tiles_equal_pillow_within_two_levels(real_root, slide, r, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    table = pd.read_csv(real_root / f"ST/coord/{slide}_coord.csv", index_col=0).iloc[::20]
+    path = real_root / f"ST/image/{slide}.png"
+    adata = make(real_root, table[["xaxis", "yaxis"]], um_per_px=50 / r, slide=slide)
+    adata.uns["spatial"][slide]["metadata"]["image_path"] = str(path)
+    result = tiles.cut(adata, size=224, cache=False)
+    pixels = images.read(path)
+    for tile, (x, y) in zip(result.array, adata.obsm["spatial"], strict=True):
+        left, top = int(x - 2 * r), int(y - 2 * r)
+        part = pixels[top : int(y + 2 * r), left : int(x + 2 * r)]
+        expected = reference(part, x - left, y - top, 2 * r, 224, margin=0)
+        assert np.abs(tile - expected).max() <= 2
