@@ -291,12 +291,12 @@ KILLED = """
     from helpers import tiles
 
     adata = test_tiles.make(Path({folder!r}), [(100, 100), (50, 50)], test_tiles.picture())
-    measure = tiles.focus
 
-    def die(array):  # when the tiles are in the file, but not yet the index
+    def die(store, start, row, part):  # when tiles are in the file, and there is no index yet
+        store(start + row, part)
         os.kill(os.getpid(), {signal})
 
-    tiles.focus = die
+    tiles._shifted = die
     tiles.cut(adata, size=16)
 """
 
@@ -323,6 +323,18 @@ def test_failure_while_cutting_leaves_the_cache_empty(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=rf"slide {SLIDE}, file .*truncated"):
         tiles.cut(adata, size=16)
+    assert list((tmp_path / "cache/tiles").iterdir()) == []
+
+
+def test_full_disk_while_writing_ends_with_the_error_and_an_empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+
+    def full(store, start, row, part):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tiles, "_shifted", full)
+    with pytest.raises(OSError, match="No space left"):
+        tiles.cut(make(tmp_path, [(100, 100)] * 500, picture()), size=16)
     assert list((tmp_path / "cache/tiles").iterdir()) == []
 
 

@@ -112,7 +112,7 @@ class Anatomy:
     """Where things are in one section: a formula, so pixels and spots can both ask it."""
 
     donor: Donor
-    phase: np.ndarray  # (12,) the donor's shape, shared by adjacent sections
+    phase: np.ndarray  # (11,) the donor's shape, shared by adjacent sections
     shift: np.ndarray  # (5,) how this section lies on its slide
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,6 +319,7 @@ def _counts(
     mean = genes["mean"] * genes[f"donor_{donor}"] * rng.lognormal(0, 0.1, GENES)  # section effect
     mean = mean.to_numpy() * genes["fold"].to_numpy() ** score.to_numpy()
     library = umis * rng.lognormal(0, 0.35, len(spots)) * np.exp(crowd / 4)
+    library.iloc[rng.choice(len(spots), 2, replace=False)] = rng.uniform(2, 20, 2)  # hardly any RNA
     shape = 1 / genes["dispersion"].to_numpy()
     counts = rng.poisson(rng.gamma(shape, mean / shape) * library.to_numpy()[:, None])
     return pd.DataFrame(counts, index=spots.index, columns=genes.index)
@@ -338,7 +339,8 @@ def _spots(
     spots = pd.DataFrame(place, columns=["x_um", "y_um"], index=pd.Index(ids, name="spot"))
     depth, _, angle = anatomy(*place.T)
     spots["slide"], spots["depth"], spots["layer"] = slide, depth, _layer(depth) + 1
-    spots["region"] = np.sin(depth * 4 + anatomy.phase[11]) + np.cos(angle + anatomy.phase[10])
+    # By depth alike in every donor, around the organ not: genes of a region keep their company.
+    spots["region"] = np.sin(depth * 4 + 1) + np.cos(angle + anatomy.phase[10])
     ring = SPOT_UM / 3 * np.exp(1j * np.pi / 6 * np.arange(12))  # twelve points of the spot
     around, edge, _ = anatomy(place[:, :1] + ring.real, place[:, 1:] + ring.imag)
     for k in range(len(LAYERS)):
@@ -354,7 +356,7 @@ def _write_section(root: Path, section: catalog.Section, genes: pd.DataFrame, se
     donor, number = DONORS[section.donor], int(section.slide[-1])
     shared = np.random.default_rng([seed, ord(section.donor)])
     rng = np.random.default_rng([seed, ord(section.donor), number])
-    anatomy = Anatomy(donor, shared.uniform(-2, 2, 12), rng.normal(size=5))
+    anatomy = Anatomy(donor, shared.uniform(-2, 2, 11), rng.normal(size=5))
     picture, nuclei = _draw(rng, anatomy)
     spots = _spots(rng, anatomy, section.slide, nuclei)
     counts = _counts(rng, genes, spots, section.donor, donor.umis[number - 1])

@@ -16,12 +16,18 @@ inside the image is always an error.
 
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 
 import anndata as ad
 import numba
@@ -40,6 +46,7 @@ TISSUE_OD = 0.03
 """Mean optical density above the slide's glass from which a px counts as tissue."""
 _VERSION = 2  # of the way tiles are made; a new one makes every cached array stale
 _CHUNK = 32  # tiles per task of a thread
+_LARGE = 100_000_000  # bytes of memory that are worth two threads to ask for
 _SAMPLE = 500  # px: longest side of the sample that shows a slide's glass
 
 
@@ -121,7 +128,7 @@ def cut_study(
     settings = {"side_um": float(side_um), "size": int(size), "edge": edge}
     if not cache:
         array = np.empty((n, size, size, 3), np.uint8)
-        index, per_slide = _fill(array, jobs, settings)
+        index, per_slide = _fill(partial(_put, array), jobs, settings)
         return Tiles(array, index, {**settings, "slides": per_slide})
     key = digest(version=_VERSION, **settings, slides=[job.key() for job in jobs])
     folder = cache_dir() / "tiles" / key
@@ -129,16 +136,40 @@ def cut_study(
         return tiles
     with atomic(folder) as temporary:
         temporary.mkdir()
-        array = np.lib.format.open_memmap(
-            temporary / "tiles.npy", "w+", dtype=np.uint8, shape=(n, size, size, 3)
-        )
-        index, per_slide = _fill(np.asarray(array), jobs, settings)
-        array.flush()
-        del array  # Windows moves no file that is open
+        with _npy(temporary / "tiles.npy", (n, size, size, 3)) as store:
+            index, per_slide = _fill(store, jobs, settings)
         index.to_csv(temporary / "index.csv")
         text = json.dumps({**settings, "slides": per_slide}, indent=1)
         (temporary / "settings.json").write_text(text)
     return _load(folder, (n, size, size, 3))
+
+
+_Store = Callable[[int, np.ndarray], None]  # (row of the first tile, tiles)
+
+
+def _put(array: np.ndarray, row: int, part: np.ndarray) -> None:
+    """Store tiles in memory."""
+    array[row : row + len(part)] = part
+
+
+@contextmanager
+def _npy(path: Path, shape: tuple[int, ...]) -> Iterator[_Store]:
+    """Write an array in NumPy's format part by part, in any order.
+
+    Writing through a memory map would take several times as long: each page of it is a fault.
+    """
+    lock = Lock()
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        begin, step = file.tell(), math.prod(shape[1:])
+
+        def store(row: int, part: np.ndarray) -> None:
+            with lock:
+                file.seek(begin + row * step)
+                file.write(part)
+
+        yield store
 
 
 def _load(folder: Path, shape: tuple[int, ...]) -> Tiles | None:
@@ -240,31 +271,49 @@ def _job(adata: ad.AnnData, side_um: float, edge: str) -> _Job:
 _Pixels = Callable[[int, int, int, int], np.ndarray]  # (y0, y1, x0, x1) -> uint8 (h, w, 3)
 
 
-def _fill(array: np.ndarray, jobs: list[_Job], settings: dict) -> tuple[pd.DataFrame, dict]:
-    """Write the tiles of every job to `array`; return the index and the facts per slide."""
-    # Memory for the largest slide, used for all: fresh memory takes longer than decoding.
-    sizes = [job.header.width * job.header.height for job in jobs]
-    buffer = np.empty(3 * max((s for s in sizes if s <= images.MAX_PIXELS), default=0), np.uint8)
+def _fill(store: _Store, jobs: list[_Job], settings: dict) -> tuple[pd.DataFrame, dict]:
+    """Cut and store the tiles of every job; return the index and the facts per slide."""
+    buffer = _buffer(jobs)
     rows, per_slide, start = [], {}, 0
-    with tqdm(total=len(array), desc="tiles", unit="tile", delay=1, leave=False) as bar:
+    total = sum(len(job.spots) for job in jobs)
+    with tqdm(total=total, desc="tiles", unit="tile", delay=1, leave=False) as bar:
         for job in jobs:
             pixels, sample = _open(job, buffer)
             glass = _glass(sample)
-            part = array[start : start + len(job.spots)]
-            table = _cut_slide(part, job, pixels, glass, settings["edge"], bar)
-            table["row"] = np.arange(start, start + len(part))
+            table = _cut_slide(partial(_shifted, store, start), job, pixels, glass, settings, bar)
+            table["row"] = np.arange(start, start + len(table))
             rows.append(table)
             per_slide[job.slide] = {
                 "um_per_px": job.um_per_px,
                 "side_px": job.side_px,
                 "glass": glass.tolist(),
             }
-            start += len(part)
+            start += len(table)
     index = pd.concat(rows).rename_axis("spot")
     if index.index.has_duplicates:
         twice = index.index[index.index.duplicated()][0]
         raise DataError(f"the spot id {twice} stands twice", fix="make spot ids unique over slides")
     return index, per_slide
+
+
+def _shifted(store: _Store, start: int, row: int, part: np.ndarray) -> None:
+    """Store tiles of a slide whose first tile stands at `start`."""
+    store(start + row, part)
+
+
+def _buffer(jobs: list[_Job]) -> np.ndarray:
+    """Return memory for the largest slide, to decode all of them into.
+
+    Fresh memory takes the system longer than decoding does: it is asked for once, by two threads.
+    """
+    whole = [job.header for job in jobs if job.header.format != "TIFF"]
+    sizes = [header.width * header.height for header in whole]
+    buffer = np.empty(3 * max((n for n in sizes if n <= images.MAX_PIXELS), default=0), np.uint8)
+    if buffer.size > _LARGE:
+        pages = buffer[:: mmap.PAGESIZE]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda part: part.fill(0), np.array_split(pages, 2)))
+    return buffer
 
 
 def _open(job: _Job, buffer: np.ndarray) -> tuple[_Pixels, np.ndarray]:
@@ -294,20 +343,30 @@ def _glass(sample: np.ndarray) -> np.ndarray:
 
 
 def _cut_slide(
-    out: np.ndarray, job: _Job, pixels: _Pixels, glass: np.ndarray, edge: str, bar: tqdm
+    store: _Store, job: _Job, pixels: _Pixels, glass: np.ndarray, settings: dict, bar: tqdm
 ) -> pd.DataFrame:
-    """Write the tiles of one slide to `out`, in two threads; return their part of the index."""
-    quality = np.empty((2, len(out)))
+    """Cut and store the tiles of one slide, in two threads; return their part of the index."""
+    n, size, threads = len(job.spots), settings["size"], min(2, os.cpu_count() or 1)
+    quality = np.empty((2, n))
+    memory: SimpleQueue = SimpleQueue()
+    for _ in range(threads):
+        memory.put(np.empty((_CHUNK, size, size, 3), np.uint8))
 
     def work(begin: int) -> int:
-        part = slice(begin, min(begin + _CHUNK, len(out)))
-        for tile, (x, y) in zip(out[part], job.xy[part], strict=True):
-            _cut_one(tile, pixels, job, x, y, edge)
-        quality[:, part] = tissue_fraction(out[part], glass), focus(out[part])
-        return len(out[part])
+        part = slice(begin, min(begin + _CHUNK, n))
+        chunk = memory.get()
+        try:
+            out = chunk[: part.stop - begin]
+            for tile, (x, y) in zip(out, job.xy[part], strict=True):
+                _cut_one(tile, pixels, job, x, y, settings["edge"])
+            quality[:, part] = _tissue(out, _darkest_glass(glass)), _focus(out)
+            store(begin, out)
+            return len(out)
+        finally:
+            memory.put(chunk)
 
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for done in pool.map(work, range(0, len(out), _CHUNK)):
+    with ThreadPoolExecutor(threads) as pool:
+        for done in pool.map(work, range(0, n, _CHUNK)):
             bar.update(done)
     return pd.DataFrame(
         {
@@ -388,8 +447,7 @@ def tissue_fraction(
     -------
     float64 ``(n,)``, from 0 to 1.
     """
-    # The mean of logarithms is the logarithm of the product: no logarithm per px is needed.
-    limit = int(np.ceil(np.prod(np.asarray(glass, float)) * 10 ** (-3 * TISSUE_OD)))
+    limit = _darkest_glass(glass)
     return _in_parts(lambda part: _tissue(part, limit), array)
 
 
@@ -416,6 +474,14 @@ def _in_parts(measure: Callable, array: np.ndarray) -> np.ndarray:
     """Measure a few tiles at a time, copied, so that a memory-mapped array is never whole here."""
     parts = (np.array(array[i : i + _CHUNK]) for i in range(0, len(array), _CHUNK))
     return np.concatenate([measure(part) for part in parts] or [np.empty(0)])
+
+
+def _darkest_glass(glass: Iterable[float]) -> int:
+    """Return the product of red, green and blue below which a px is tissue.
+
+    The mean of logarithms is the logarithm of the product, so no px needs a logarithm.
+    """
+    return int(np.ceil(np.prod(np.asarray(glass, float)) * 10 ** (-3 * TISSUE_OD)))
 
 
 @numba.njit(nogil=True, cache=True)
