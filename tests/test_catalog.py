@@ -126,7 +126,7 @@ def test_table_is_typed(write):
 
 
 def test_table_with_a_path_that_leaves_the_root(write):
-    with pytest.raises(DataError, match=r"slide \.\./\.\./x: .*outside the dataset's root"):
+    with pytest.raises(DataError, match=r"slide \.\./\.\./x, file .*outside the dataset's root"):
         catalog.metadata(write(ROW | {"slide": "../../x"}))
 
 
@@ -138,6 +138,30 @@ def test_table_with_a_slide_twice(write):
 def test_table_without_a_column(write):
     with pytest.raises(DataError, match="spot_num"):
         catalog.metadata(write(ROW, drop=["spot_num"]))
+
+
+@pytest.mark.parametrize("number", [-5, 1.5, "many", None])
+def test_table_with_a_number_of_spots_that_is_none(write, number):
+    with pytest.raises(DataError, match=r"slide S1, file .*spot_num is .*not a whole number"):
+        catalog.metadata(write(ROW | {"spot_num": number}))
+
+
+@pytest.mark.parametrize("word", ["no", "unknown", None])
+def test_table_with_a_word_where_true_or_false_belongs(write, word):
+    with pytest.raises(DataError, match="involve_cancer"):
+        catalog.metadata(write(ROW | {"involve_cancer": word}))
+
+
+def test_table_with_a_row_that_names_no_slide(write):
+    with pytest.raises(DataError, match="names no slide"):
+        catalog.metadata(write(ROW, ROW | {"slide": None}))
+
+
+def test_empty_table(write):
+    root = write(ROW)
+    (root / catalog.METADATA).write_text("")
+    with pytest.raises(DataError, match=r"file .*csv: not a table"):
+        catalog.metadata(root)
 
 
 def test_technology_of_a_slide_outside_the_books_studies(write):
@@ -193,6 +217,12 @@ def test_splotch_file_is_fetched_once_and_written_in_the_official_layout(monkeyp
     assert pd.read_csv(path, index_col=0)["V2"].to_dict()[f"{MOB}_16x9"] == "Olfactory nerve layer"
     assert len(calls) == 1
     path.unlink()
+
+
+@pytest.mark.parametrize("replicate", ["99", "X"])
+def test_replicate_without_layers(replicate):
+    with pytest.raises(DataError, match="no layers are published"):
+        catalog.find(MOB[:-1] + replicate, "annotation", tech="ST")
 
 
 def test_splotch_file_that_changed_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Files arrive whole or not at all: the cache, and the hub's real client against a local server."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -55,16 +56,52 @@ def test_folder_written_by_two_at_once_is_one_of_them(tmp_path):
 def test_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("a file where a folder should be")
     monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "file"))
+
+    def write():
+        with atomic(files.cache_dir() / "x") as temporary:
+            temporary.write_text("never")
+
     with pytest.raises(DataError, match=r"file .*cannot be written.*STIMAGE_CACHE"):
-        files.cache_dir()
+        write()
 
 
-def test_fingerprint_changes_with_the_bytes(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(b"a" * 100)
+def test_full_disk_is_said_with_the_folder(tmp_path):
+    def write():
+        with atomic(tmp_path / "x"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=f"file {tmp_path}: .*No space left.*has room"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_while_writing_stays_itself(tmp_path):
+    def write():
+        with atomic(tmp_path / "x"):
+            raise FileNotFoundError("the source is missing")
+
+    with pytest.raises(FileNotFoundError, match="source"):
+        write()
+
+
+def test_what_a_killed_process_left_is_swept_away_a_day_later(tmp_path):
+    old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (1, 1))
+    with atomic(tmp_path / "x") as temporary:
+        temporary.write_text("done")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-new", "x"]
+
+
+@pytest.mark.parametrize("place", [0, 500_000, 999_999])
+def test_fingerprint_changes_with_the_bytes(tmp_path, place):
+    path, data = tmp_path / "x", bytearray(1_000_000)
+    path.write_bytes(data)
     os.utime(path, ns=(1, 1))
     before = files.fingerprint(path)
-    path.write_bytes(b"a" * 99 + b"b")
+    data[place] = 1
+    path.write_bytes(data)
     os.utime(path, ns=(1, 1))
     assert files.fingerprint(path) != before
 

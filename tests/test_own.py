@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy import sparse
 
-from helpers import own, slides
+from helpers import genes, own, slides
 from helpers.files import DataError
 
 
@@ -109,7 +109,37 @@ def test_space_ranger_repeated_symbols_are_added_up_and_logged(outs, caplog):
 )
 def test_space_ranger_file_missing(outs, name):
     (outs / name).unlink()
-    with pytest.raises(DataError, match="slide Mine"):
+    with pytest.raises(DataError, match=r"slide Mine, file \S*(outs|Mine)\S*: "):
+        own.read_space_ranger(outs)
+
+
+def test_space_ranger_list_with_a_header_is_read_by_name(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    path.rename(outs / "spatial/tissue_positions_list.csv")
+    assert own.read_space_ranger(outs).n_obs == 36
+
+
+def test_space_ranger_without_a_spot_on_tissue(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    pd.read_csv(path).assign(in_tissue=0).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"slide Mine, file .*only 0 spot ids"):
+        own.read_space_ranger(outs)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tissue_hires_scalef": "x"}'])
+def test_space_ranger_scale_factors_that_are_none(outs, text):
+    path = outs / "spatial/scalefactors_json.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"slide Mine, file .*{path.name}: not Space Ranger"):
+        own.read_space_ranger(outs)
+
+
+def test_space_ranger_position_missing(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    table = pd.read_csv(path)
+    table.loc[3, "pxl_row_in_fullres"] = np.nan
+    table.to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"tissue_positions.csv: .*position is missing"):
         own.read_space_ranger(outs)
 
 
@@ -143,6 +173,7 @@ def test_h5ad_takes_raw_counts_from_a_layer(h5ad):
     adata.write_h5ad(h5ad[0])
     again = own.read_h5ad(h5ad[0], image_file=h5ad[1])
     assert again.X.sum() == adata.layers["counts"].sum()
+    assert genes.normalise(again).n_obs == again.n_obs
 
 
 def test_h5ad_normalised_counts_are_refused(h5ad):
@@ -159,6 +190,17 @@ def test_h5ad_nan_counts_are_refused(h5ad):
     adata.write_h5ad(h5ad[0])
     with pytest.raises(DataError, match="whole numbers"):
         own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, np.nan])
+def test_h5ad_with_a_senseless_scale(h5ad, scale):
+    with pytest.raises(DataError, match=r"slide mine.* is no scale"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1], um_per_px=scale)
+
+
+def test_h5ad_of_an_unknown_array(h5ad):
+    with pytest.raises(DataError, match="unknown array 'visium'"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1], tech="visium")
 
 
 def test_h5ad_without_coordinates(h5ad):
@@ -180,8 +222,9 @@ def test_visium_hd_bins_come_from_parquet_with_their_own_scale(outs):
     pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
     path.unlink()
     (outs / "spatial/scalefactors_json.json").write_text(
-        json.dumps({"bin_size_um": 8, "microns_per_pixel": 0.4, "tissue_hires_scalef": 0.5})
+        json.dumps({"bin_size_um": 16, "microns_per_pixel": 0.4, "tissue_hires_scalef": 0.5})
     )
     adata = own.read_space_ranger(outs)
     assert slides.um_per_px(adata) == pytest.approx(0.8)
+    assert slides.spot_side_px(adata) == pytest.approx(16 / 0.8)
     assert adata.uns["spatial"]["Mine"]["metadata"]["tech"] == "VisiumHD"

@@ -77,6 +77,35 @@ def test_without_image_the_scale_is_known(tiny):
     assert slides.um_per_px(adata) == pytest.approx(5.0)
 
 
+def test_ids_are_text_even_when_they_look_like_numbers(tiny):
+    for path in (tiny.coord, tiny.counts, tiny.annotation):
+        text = path.read_text().replace(f"{tiny.slide}_", "00").replace("x", "")
+        path.write_text(text.replace("yais", "yaxis").replace("ais", "axis", 1))
+    coord = tiny.coord.read_text().splitlines()
+    tiny.coord.write_text("\n".join([",yaxis,xaxis,r", *coord[1:]]) + "\n")
+    assert load(tiny).obs_names[0] == "0011"
+
+
+def test_a_pen_mark_on_the_glass_does_not_hide_the_tissue(tiny):
+    picture = np.array(Image.open(tiny.image))
+    picture[2:12, 40:380] = (20, 40, 160)
+    Image.fromarray(picture).save(tiny.image)
+    assert load(tiny).n_obs == 30
+
+
+def test_a_black_border_does_not_hide_the_tissue(tiny):
+    picture = np.array(Image.open(tiny.image))
+    picture[:20] = (4, 0, 2)
+    Image.fromarray(picture).save(tiny.image)
+    assert load(tiny).n_obs == 30
+
+
+def test_an_image_without_colour_is_loaded_with_a_warning(tiny, caplog):
+    Image.open(tiny.image).convert("L").save(tiny.image)
+    assert load(tiny).n_obs == 30
+    assert "has no colour" in caplog.text
+
+
 # --------------------------------------------------------------------------- microns
 
 
@@ -100,6 +129,10 @@ def test_visium_hd_scale_is_8_um_a_bin():
     assert slides.estimate_um_per_px(grid(29.0), "VisiumHD") == pytest.approx(8 / 29)
 
 
+def test_visium_hd_scale_follows_the_bin():
+    assert slides.estimate_um_per_px(grid(29.0), "VisiumHD", bin_um=16) == pytest.approx(16 / 29)
+
+
 def test_a_radius_that_contradicts_the_pitch_is_logged(caplog):
     slides.estimate_um_per_px(grid(40), "ST", 20.0)
     assert "not a standard ST array" in caplog.text
@@ -108,6 +141,11 @@ def test_a_radius_that_contradicts_the_pitch_is_logged(caplog):
 def test_no_scale_without_spots_or_radius():
     with pytest.raises(DataError, match="too few spots"):
         slides.estimate_um_per_px(grid(40)[:1], "Visium")
+
+
+def test_no_scale_when_all_spots_coincide():
+    with pytest.raises(DataError, match="too few spots"):
+        slides.estimate_um_per_px(np.ones((30, 2)), "Visium")
 
 
 # --------------------------------------------------------------------------- what it refuses
@@ -199,7 +237,24 @@ def test_a_few_ids_too_many_are_dropped_with_a_logged_count(tiny, caplog):
 
 def test_annotation_of_another_slide(tiny):
     rewrite(tiny.annotation, lambda t: t.set_axis([f"other_{i}" for i in t.index]))
-    refuses(tiny, "no spot of the annotation", tiny.annotation)
+    refuses(tiny, "only 0 of 28 annotated spots are on the slide", tiny.annotation)
+
+
+def test_annotation_that_is_a_web_page(tiny):
+    tiny.annotation.write_text("<!DOCTYPE html>\n<html>\n<p>a, b, c</p>\n</html>")
+    refuses(tiny, "not a table|missing", tiny.annotation)
+
+
+def test_empty_annotation(tiny):
+    tiny.annotation.write_text("")
+    refuses(tiny, "not a table", tiny.annotation)
+
+
+@pytest.mark.parametrize("kind", ["coord", "counts"])
+def test_table_cut_off_at_the_end_of_a_row(tiny, kind):
+    path = getattr(tiny, kind)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:16]))
+    refuses(tiny, r"only 15 spot ids are in both .*may be cut off", tiny.counts)
 
 
 def test_image_that_is_a_web_page(tiny):

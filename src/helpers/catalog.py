@@ -248,7 +248,7 @@ def local_root(root: Path | str | None = None) -> Path | None:
     given = root or os.environ.get("STIMAGE_ROOT")
     if not given:
         return None
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given)).absolute()
     if not folder.is_dir():
         raise DataError(
             "the dataset root does not exist or is not a folder",
@@ -299,7 +299,10 @@ SPLOTCH_SHA256 = {
 
 def _splotch_annotation(slide: str) -> Path:
     """Fetch the layers of one olfactory-bulb replicate and write them in the official layout."""
-    replicate = int(slide.removeprefix(_SPLOTCH_SLIDES))
+    number = slide.removeprefix(_SPLOTCH_SLIDES)
+    if not (number.isdecimal() and int(number) in SPLOTCH_SHA256):
+        raise DataError("no layers are published for this replicate", slide=slide)
+    replicate = int(number)
     target = cache_dir() / "splotch" / f"{slide}_anno.csv"
     if target.exists():
         return target
@@ -348,6 +351,7 @@ _TISSUES = {
     "largeintestine": "large intestine",
     "tissue specimen": "not stated",
 }
+_OFFICIAL = f"use the official table {METADATA}"
 _TEXT_COLUMNS = ("slide", "pmid", "title", "abstract", "keywords")
 
 
@@ -364,26 +368,51 @@ def metadata(root: Path | str | None = None) -> pd.DataFrame:
     DataFrame with one row per slide: `slide`, `species`, `tissue`, `pmid`, `title`, `abstract`,
     `keywords`, `involve_cancer` (bool), `tech` (category), `spot_num`, `gene_num` (int), and the
     uncleaned `species_raw`, `tissue_raw`.
+
+    Raises
+    ------
+    DataError
+        When the table cannot be had, is not whole, or names what is no slide.
     """
     path = metadata_path(root)
-    table = pd.read_csv(path, dtype={name: "string" for name in _TEXT_COLUMNS})
-    needed = {*_TEXT_COLUMNS, "species", "tissue", "tech", "involve_cancer", "spot_num", "gene_num"}
-    if missing := sorted(needed - set(table.columns)):
-        raise DataError(
-            f"the metadata table lacks the columns {missing}",
-            file=path,
-            fix=f"use the official table {METADATA}",
-        )
-    if table["slide"].duplicated().any():
-        twice = table.loc[table["slide"].duplicated(), "slide"].iloc[0]
-        raise DataError("this slide stands twice in the metadata table", slide=twice, file=path)
-    for slide, tech in zip(table["slide"], table["tech"], strict=True):
-        relative_path(slide, "image", tech)  # refuses names that lead out of the root
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT_COLUMNS, "string"))
+    except (ValueError, OSError) as error:  # pandas' own errors and wrong encodings are ValueErrors
+        raise DataError(f"not a table ({error})", file=path, fix=_OFFICIAL) from error
+    _check_table(table, path)
     for column, names in (("species", _SPECIES), ("tissue", _TISSUES)):
         table[f"{column}_raw"] = table[column].astype("category")
         table[column] = table[column].str.strip().replace(names).astype("category")
     table["tech"] = pd.Categorical(table["tech"], categories=TECHNOLOGIES)
     return table.astype({"involve_cancer": bool, "spot_num": int, "gene_num": int})
+
+
+def _check_table(table: pd.DataFrame, path: Path) -> None:
+    """Refuse a table of slides that is not whole, or that names what is no slide."""
+    needed = {*_TEXT_COLUMNS, "species", "tissue", "tech", "involve_cancer", "spot_num", "gene_num"}
+    if missing := sorted(needed - set(table.columns)):
+        raise DataError(f"the metadata table lacks the columns {missing}", file=path, fix=_OFFICIAL)
+    if table["slide"].isna().any():
+        raise DataError("a row of the metadata table names no slide", file=path, fix=_OFFICIAL)
+    if table["slide"].duplicated().any():
+        twice = table.loc[table["slide"].duplicated(), "slide"].iloc[0]
+        raise DataError("this slide stands twice in the metadata table", slide=twice, file=path)
+    for slide, tech in zip(table["slide"], table["tech"], strict=True):
+        try:
+            relative_path(slide, "image", tech)
+        except DataError as error:
+            raise DataError(f"a row cannot be used: {error}", slide=slide, file=path) from error
+    for column in ("spot_num", "gene_num"):
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        if (bad := ~(numbers.ge(0) & numbers.mod(1).eq(0))).any():
+            raise DataError(
+                f"{column} is {table.loc[bad, column].iloc[0]!r}, not a whole number",
+                slide=table.loc[bad, "slide"].iloc[0],
+                file=path,
+                fix=_OFFICIAL,
+            )
+    if not table["involve_cancer"].isin([True, False]).all():
+        raise DataError("involve_cancer is not True or False everywhere", file=path, fix=_OFFICIAL)
 
 
 def metadata_path(root: Path | str | None = None) -> Path:

@@ -1,19 +1,22 @@
 """Getting files here whole: one error type, checked downloads, a cache written atomically."""
 
 import contextlib
+import errno
 import hashlib
+import http.client
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import platformdirs
+from platformdirs import user_cache_path
 
 logger = logging.getLogger(__name__)
 
@@ -54,45 +57,58 @@ class DataError(ValueError):
 
 
 def cache_dir() -> Path:
-    """Return the folder for what the book computes: ``STIMAGE_CACHE``, else the user's cache.
-
-    Raises
-    ------
-    DataError
-        When nothing can be written there.
-    """
+    """Return the folder for what the book computes: ``STIMAGE_CACHE``, else the user's cache."""
     given = os.environ.get("STIMAGE_CACHE")
-    folder = Path(given).expanduser() if given else platformdirs.user_cache_path("stimage-book")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"the cache cannot be written ({error.strerror})",
-            file=folder,
-            fix="set STIMAGE_CACHE to a folder that you may write to",
-        ) from error
-    return folder
+    folder = Path(os.path.expanduser(given)) if given else user_cache_path("stimage-book")
+    return folder.absolute()
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; move it to `path` only when all went well.
 
-    Works for a file or a folder. A run that dies midway leaves `path` as it was. When another
-    process has written the same folder meanwhile, its result stays.
+    Works for a file or a folder. A run that dies midway leaves `path` as it was, and what it leaves
+    beside it is swept away a day later. When another process has written the same folder meanwhile,
+    its result stays.
+
+    Raises
+    ------
+    DataError
+        When the folder cannot be written or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    for old in path.parent.glob(f"{_SCRATCH}*"):
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)
     temporary = scratch / path.name
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            return
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not (temporary.is_dir() and path.is_dir()):
+                raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise _unwritable(path.parent, error) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+_SCRATCH = ".writing-"  # begins the name of what is not finished yet
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the cache cannot be written ({error.strerror})",
+        file=folder,
+        fix="set STIMAGE_CACHE to a folder that you may write to and that has room",
+    )
 
 
 def sha256(path: Path) -> str:
@@ -102,17 +118,18 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a short text that changes when the file does: name, size, time, both ends."""
-    stat = path.stat()
+    """Return a short text that changes when the file does.
+
+    It stands for name, size, time of change, and 16 samples of 64 kB spread evenly from the first
+    byte to the last: the whole of a small file, but not of a large one.
+    """
+    stat, samples = path.stat(), hashlib.sha256()
     with path.open("rb") as file:
-        ends = file.read(65536)
-        file.seek(max(0, stat.st_size - 65536))
-        ends += file.read(65536)
+        for i in range(16):
+            file.seek(max(0, stat.st_size - 65_536) * i // 15)
+            samples.update(file.read(65_536))
     return digest(
-        name=path.name,
-        size=stat.st_size,
-        time=stat.st_mtime_ns,
-        ends=hashlib.sha256(ends).hexdigest(),
+        name=path.name, size=stat.st_size, time=stat.st_mtime_ns, samples=samples.hexdigest()
     )
 
 
@@ -179,7 +196,7 @@ def _reachable(url: str) -> bool:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return True  # it answered
-    except (urllib.error.URLError, TimeoutError):
+    except (OSError, http.client.HTTPException):
         return False
     return True
 
@@ -189,7 +206,7 @@ def fetch(url: str, sha256: str, slide: str | None = None) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             data = response.read()
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url} cannot be fetched: {error}", slide=slide, fix=FIX) from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(

@@ -45,28 +45,30 @@ def read_space_ranger(
     folder = Path(folder)
     slide = slide or folder.resolve().name
     matrix = _need(folder / "filtered_feature_bc_matrix.h5", slide)
-    factors = json.loads(_need(folder / "spatial" / "scalefactors_json.json", slide).read_text())
+    factors = _scale_factors(folder / "spatial" / "scalefactors_json.json", slide)
     try:
         adata = sc.read_10x_h5(matrix)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, IndexError) as error:
         raise DataError(f"not a 10x count matrix ({error})", slide=slide, file=matrix) from error
-    positions = _space_ranger_positions(folder / "spatial", slide)
-    shared = shared_ids(
-        positions.index[positions["in_tissue"] == 1], adata.obs_names, slide, matrix
-    )
+    if not adata.obs_names.is_unique:
+        raise DataError("a barcode stands twice", slide=slide, file=matrix)
+    positions = _positions(folder / "spatial", slide)
+    positions = positions[positions["in_tissue"] == 1]
+    shared = shared_ids(positions.index, adata.obs_names, slide, matrix)
     adata = _unique_genes(adata[shared].copy(), slide, matrix)
-    tech = "VisiumHD" if "bin_size_um" in factors else "Visium"
+    bin_um = factors.get("bin_size_um")
     scale, factor = factors.get("microns_per_pixel"), 1.0
     if image_file is None:
-        image_file = _need(folder / "spatial" / "tissue_hires_image.png", slide)
+        image_file = folder / "spatial" / "tissue_hires_image.png"
         factor = factors["tissue_hires_scalef"]
         logger.warning(
-            "slide %s: no full image given; tiles will be as coarse as %s", slide, image_file
+            "slide %s: no full image given; tiles will be as coarse as its thumbnail", slide
         )
     positions = positions.loc[shared]
     adata.obsm["spatial"] = factor * positions[["x", "y"]].to_numpy(float)
     adata.obs[["array_x", "array_y"]] = positions[["array_col", "array_row"]].to_numpy(int)
-    return _own(adata, slide, Path(image_file), tech, scale / factor if scale else None)
+    tech, scale = "VisiumHD" if bin_um else "Visium", scale / factor if scale else None
+    return _own(adata, slide, Path(image_file), tech, scale, bin_um)
 
 
 def read_h5ad(
@@ -75,6 +77,7 @@ def read_h5ad(
     image_file: Path | str,
     tech: str = "Visium",
     um_per_px: float | None = None,
+    bin_um: float | None = None,
     slide: str | None = None,
 ) -> ad.AnnData:
     """Read a slide from h5ad: raw counts in ``X`` or ``layers["counts"]``, ``obsm["spatial"]``.
@@ -85,8 +88,9 @@ def read_h5ad(
         The file.
     image_file
         The image whose px ``obsm["spatial"]`` (x, y) counts.
-    tech, um_per_px
-        The array, from whose geometry the scale is derived, or the scale itself.
+    tech, um_per_px, bin_um
+        The array (``"ST"``, ``"Visium"``, ``"VisiumHD"``), from whose geometry the scale is
+        derived, or the scale itself; for Visium HD the side of a bin in um, 8 when not given.
     slide
         A name for the slide; the file's when not given.
 
@@ -103,34 +107,50 @@ def read_h5ad(
         raise DataError(f"not an h5ad file ({error})", slide=slide, file=path) from error
     if "spatial" not in adata.obsm:
         raise DataError('obsm["spatial"] (x, y in px) is missing', slide=slide, file=path)
-    adata.obsm["spatial"] = np.asarray(adata.obsm["spatial"], dtype=float)[:, :2]
-    matrix = sparse.csr_matrix(adata.layers.get("counts", adata.X), dtype=np.float32)
-    if (matrix.data < 0).any() or (matrix.data != np.round(matrix.data)).any():
+    xy = np.asarray(adata.obsm["spatial"], dtype=float)
+    if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy).all():
+        raise DataError('obsm["spatial"] needs two numbers a spot', slide=slide, file=path)
+    adata.obsm["spatial"] = xy[:, :2]
+    raw = adata.layers.get("counts", adata.X)
+    if raw is None:
+        raise DataError("there are no counts", slide=slide, file=path, fix="put them into X")
+    adata.X = sparse.csr_matrix(raw, dtype=np.float32)
+    adata.layers.pop("counts", None)  # X has them; what was normalised is left behind
+    adata.uns.pop("log1p", None)
+    values = adata.X.data
+    if not (np.isfinite(values).all() and (values >= 0).all() and (values % 1 == 0).all()):
         raise DataError(
-            "the counts are not whole numbers: they were normalised",
+            "the counts are not whole numbers from 0 up: they were normalised, or are damaged",
             slide=slide,
             file=path,
             fix='put the raw counts into X or layers["counts"]',
         )
-    adata.X = matrix
-    return _own(_unique_genes(adata, slide, path), slide, Path(image_file), tech, um_per_px)
+    return _own(_unique_genes(adata, slide, path), slide, Path(image_file), tech, um_per_px, bin_um)
 
 
 def _own(
-    adata: ad.AnnData, slide: str, image_file: Path, tech: str, scale: float | None
+    adata: ad.AnnData,
+    slide: str,
+    image_file: Path,
+    tech: str,
+    scale: float | None,
+    bin_um: float | None,
 ) -> ad.AnnData:
     """Give a reader's own slide the columns that the dataset's slides have."""
-    if adata.n_obs == 0:
-        raise DataError("the slide is empty", slide=slide)
+    if adata.n_obs == 0 or not adata.obs_names.is_unique:
+        raise DataError("the slide is empty, or has a spot id twice", slide=slide)
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     adata.obs_names = slide + "_" + adata.obs_names.astype(str)
-    for key, value in {"slide": slide, "donor": slide, "group": slide, "study": "own"}.items():
+    adata.obs["slide"] = pd.Categorical([slide] * adata.n_obs)
+    for key, value in {"donor": slide, "group": slide, "study": "own"}.items():
         if key not in adata.obs:
             adata.obs[key] = pd.Categorical([value] * adata.n_obs)
     if "label" not in adata.obs:
         adata.obs["label"] = pd.Categorical([np.nan] * adata.n_obs)
     image_file = _need(image_file, slide)
-    return attach_image(adata, slide, image_file, tech, radius_px=None, image=True, scale=scale)
+    return attach_image(
+        adata, slide, image_file, tech, radius_px=None, image=True, scale=scale, bin_um=bin_um
+    )
 
 
 def _unique_genes(adata: ad.AnnData, slide: str, file: Path) -> ad.AnnData:
@@ -149,20 +169,38 @@ def _need(path: Path, slide: str) -> Path:
     return path
 
 
-def _space_ranger_positions(folder: Path, slide: str) -> pd.DataFrame:
+def _scale_factors(path: Path, slide: str) -> dict[str, float]:
+    """Read Space Ranger's scale factors."""
+    try:
+        factors = json.loads(_need(path, slide).read_text())
+        factors["tissue_hires_scalef"] = float(factors["tissue_hires_scalef"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"not Space Ranger's scale factors ({error})", slide=slide, file=path
+        ) from error
+    return factors
+
+
+def _positions(folder: Path, slide: str) -> pd.DataFrame:
     """Read spot positions as any version of Space Ranger writes them; x, y in px."""
     names = ["barcode", "in_tissue", "array_row", "array_col", "y", "x"]
-    for name in ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv"):
-        path = folder / name
-        if not path.is_file():
-            continue
+    official = [*names[:4], "pxl_row_in_fullres", "pxl_col_in_fullres"]
+    known = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+    path = next((folder / name for name in known if (folder / name).is_file()), None)
+    if path is None:
+        raise DataError(
+            "no tissue_positions file", slide=slide, file=folder, fix="copy the whole spatial/"
+        )
+    try:
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:  # the older file has no header
-            table = pd.read_csv(path, header=None if name.endswith("_list.csv") else 0)
-        if table.shape[1] != len(names):
-            raise DataError(f"{table.shape[1]} columns, not 6", slide=slide, file=path)
-        return table.set_axis(names, axis=1).set_index("barcode")
-    raise DataError(
-        "no tissue_positions file", slide=slide, file=folder, fix="copy the whole folder spatial/"
-    )
+            table = pd.read_parquet(path)[official]
+        elif path.read_bytes().startswith(b"barcode"):
+            table = pd.read_csv(path)[official]
+        else:  # version 1 wrote no header
+            table = pd.read_csv(path, header=None, names=official)
+        table = table.set_axis(names, axis=1).set_index("barcode")
+        if not np.isfinite(table.to_numpy(float)).all():
+            raise ValueError("a position is missing")
+    except (ValueError, KeyError, OSError) as error:  # pyarrow's and pandas' errors are ValueErrors
+        raise DataError(f"not a table of positions ({error})", slide=slide, file=path) from error
+    return table

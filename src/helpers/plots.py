@@ -37,6 +37,12 @@ def colours(names: Sequence[str]) -> dict[str, tuple]:
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
+def label_colours(labels: pd.Series) -> dict[str, tuple | str]:
+    """Return a colour for each category of the labels, and grey for spots that have none."""
+    palette = colours(list(labels.cat.categories))
+    return palette | ({"no label": UNLABELLED} if labels.isna().any() else {})
+
+
 def handles(palette: dict[str, tuple]) -> list:
     """Return legend handles, one disc per name."""
     return [
@@ -45,8 +51,10 @@ def handles(palette: dict[str, tuple]) -> list:
     ]
 
 
-def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
-    """Draw a scale bar of a round length.
+def scale_bar(
+    ax: Axes, um_per_px: float, *, length_um: float | None = None, colour: str = "black"
+) -> None:
+    """Draw a scale bar, of a round length unless one is given.
 
     Parameters
     ----------
@@ -54,6 +62,8 @@ def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
         Axes that show an image.
     um_per_px
         um per px of the image as shown.
+    length_um
+        Length of the bar in um; chosen to fit when not given.
     colour
         Of the bar and its text.
     """
@@ -63,7 +73,9 @@ def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
         ScaleBar(
             um_per_px,
             "um",
-            length_fraction=0.3,
+            length_fraction=None if length_um else 0.3,
+            fixed_value=length_um,
+            fixed_units="um" if length_um else None,
             location="lower right",
             color=colour,
             box_alpha=0.6,
@@ -72,7 +84,9 @@ def scale_bar(ax: Axes, um_per_px: float, *, colour: str = "black") -> None:
     )
 
 
-def tissue(adata: ad.AnnData, slide: str | None = None, *, ax: Axes | None = None) -> Axes:
+def tissue(
+    adata: ad.AnnData, slide: str | None = None, *, ax: Axes | None = None, alpha: float = 1.0
+) -> Axes:
     """Draw the image of a slide, with a scale bar; axes in px of the full image.
 
     Parameters
@@ -83,12 +97,14 @@ def tissue(adata: ad.AnnData, slide: str | None = None, *, ax: Axes | None = Non
         Its name; may be left out when `adata` holds one slide.
     ax
         Where to draw; new axes when not given.
+    alpha
+        Below 1 the image is paled, so that what is drawn over it stands out.
     """
     slide = slide or next(iter(adata.uns["spatial"]))
     known = adata.uns["spatial"][slide]
     ax = ax or plt.subplots(figsize=(4.5, 4.5))[1]
     width, height = known["metadata"]["width_px"], known["metadata"]["height_px"]
-    ax.imshow(known["images"]["hires"], extent=(0, width, height, 0))
+    ax.imshow(known["images"]["hires"], extent=(0, width, height, 0), alpha=alpha)
     scale_bar(ax, slides.um_per_px(adata, slide))
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
@@ -101,9 +117,10 @@ def spots(
     *,
     ax: Axes | None = None,
     cmap: str = "viridis",
-    alpha: float = 0.85,
+    alpha: float = 1.0,
     image: bool = True,
     legend: bool = True,
+    label: str | None = None,
     zoom: bool = False,
 ) -> Axes:
     """Draw the spots of one slide at their true size, coloured by a label or a number.
@@ -119,17 +136,17 @@ def spots(
         Where and how to draw.
     image
         Draw the tissue below.
-    legend
-        Name the categories, or draw a colour bar.
+    legend, label
+        Name the categories, or draw a colour bar with this label.
     zoom
         Show the part of the slide that has spots, not all the glass around it.
     """
     if isinstance(values, str):
         values = adata.obs[values] if values in adata.obs else adata.obs_vector(values)
-    ax = tissue(adata, ax=ax) if image else ax or plt.subplots(figsize=(4.5, 4.5))[1]
+    ax = tissue(adata, ax=ax, alpha=0.6) if image else ax or plt.subplots(figsize=(4.5, 4.5))[1]
     radius = slides.spot_side_px(adata) / 2
     if isinstance(getattr(values, "dtype", None), pd.CategoricalDtype):
-        palette = colours(list(values.cat.categories))
+        palette = label_colours(values)
         face = [palette.get(v, UNLABELLED) for v in values]
         if legend and palette:
             ax.legend(
@@ -140,9 +157,10 @@ def spots(
         scale = plt.cm.ScalarMappable(plt.Normalize(np.nanmin(values), np.nanmax(values)), cmap)
         face = scale.to_rgba(values)
         if legend:
-            ax.figure.colorbar(scale, ax=ax, shrink=0.7)
+            ax.figure.colorbar(scale, ax=ax, shrink=0.7, label=label)
+    look = {"edgecolor": "white", "linewidth": 0.4, "alpha": alpha}  # the edge parts it from tissue
     for (x, y), colour in zip(adata.obsm["spatial"], face, strict=True):
-        ax.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor="none", alpha=alpha))
+        ax.add_patch(Circle((x, y), radius, facecolor=colour, **look))
     if zoom:
         (left, top), (right, bottom) = adata.obsm["spatial"].min(0), adata.obsm["spatial"].max(0)
         ax.set(xlim=(left - 4 * radius, right + 4 * radius))
@@ -181,7 +199,7 @@ def close_up(
     )
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     ax.imshow(images.read_region(slides.image_path(adata), (x, y, x + side, y + side)))
-    scale_bar(ax, scale)
+    scale_bar(ax, scale, length_um=side_um / 5)
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
     return ax

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SPOT_UM = {"ST": 100.0, "Visium": 55.0, "VisiumHD": 8.0}  # diameter of a spot, side of a bin
 PITCH_UM = {"ST": 200.0, "Visium": 100.0, "VisiumHD": 8.0}  # centre to centre
-MIN_SHARED = 0.8  # of the shorter id list; below it the files belong to different slides
+MIN_SHARED = 0.8  # of the longer id list; below it a file is cut off or of another slide
 HIRES_SIDE = 2000  # px, the longest side of the image kept for plotting
 NO_LABEL = ("", "undetermined", "nan", "NA")
 
@@ -155,18 +155,9 @@ def _study_of(slide: str, name: str | None) -> catalog.Study | None:
 
 def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
     """Read spot centres: index = spot id, columns `xaxis`, `yaxis`, `r` in px."""
-    try:
-        coord = pd.read_csv(path, index_col=0, dtype={0: str})
-    except (ValueError, OSError) as error:
-        raise DataError(f"not a table of coordinates ({error})", slide=slide, file=path) from error
-    if missing := {"xaxis", "yaxis", "r"} - set(coord.columns):
-        raise DataError(f"the columns {sorted(missing)} are missing", slide=slide, file=path)
+    coord = _read_table(path, slide, ["xaxis", "yaxis", "r"])
     if coord.empty:
         raise DataError("the slide is empty: no spot has coordinates", slide=slide, file=path)
-    coord.index = coord.index.astype(str)
-    if coord.index.has_duplicates:
-        twice = coord.index[coord.index.duplicated()][0]
-        raise DataError(f"the spot id {twice} stands twice", slide=slide, file=path)
     values = coord[["xaxis", "yaxis", "r"]].apply(pd.to_numeric, errors="coerce")
     if bad := int((~np.isfinite(values)).any(axis=1).sum()):
         raise DataError(f"{bad} spots have no number for x, y or r", slide=slide, file=path)
@@ -175,19 +166,42 @@ def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
     return values
 
 
+def _read_table(path: Path, slide: str, columns: list[str]) -> pd.DataFrame:
+    """Read a table of text whose first column is the spot id."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # pandas' own errors and wrong encodings are ValueErrors
+        raise DataError(
+            f"not a table ({error})", slide=slide, file=path, fix="fetch the file again"
+        ) from error
+    if missing := sorted(set(columns) - set(table.columns)):
+        raise DataError(
+            f"the columns {missing} are missing; there are {list(table.columns[:5])}",
+            slide=slide,
+            file=path,
+            fix="use the official file: comma separated, the spot id first",
+        )
+    table = table.set_index(table.columns[0])
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()][0]
+        raise DataError(f"the spot id {twice} stands twice", slide=slide, file=path)
+    return table
+
+
 def shared_ids(coord: pd.Index, spots: pd.Index, slide: str, path: Path) -> pd.Index:
     """Return the ids both files have, in the order of the coordinates; refuse too few."""
     if len(spots) == 0:
         raise DataError("the slide is empty: no spot has counts", slide=slide, file=path)
     shared = coord[coord.isin(spots)]
-    share = len(shared) / min(len(coord), len(spots))
+    share = len(shared) / max(len(coord), len(spots))
     if share < MIN_SHARED:
         raise DataError(
             f"only {len(shared)} spot ids are in both the {len(coord)} coordinates and the "
             f"{len(spots)} counts ({share:.0%}, at least {MIN_SHARED:.0%} is needed)",
             slide=slide,
             file=path,
-            fix=f"compare the ids: {coord[0]!r} against {spots[0]!r}",
+            fix="fetch both files again if one may be cut off, else compare the ids: "
+            f"{next(iter(coord), None)!r} against {spots[0]!r}",
         )
     if len(shared) < max(len(coord), len(spots)):
         logger.warning(
@@ -211,26 +225,25 @@ def _labels(
             raise
         logger.warning("slide %s: its spots carry no label (%s)", slide, error)
         return none
-    table = pd.read_csv(path, index_col=0, dtype=str)
-    if "V2" not in table.columns:
-        raise DataError("the column V2 with the labels is missing", slide=slide, file=path)
-    if table.index.has_duplicates:
-        twice = table.index[table.index.duplicated()][0]
-        raise DataError(f"the spot id {twice} stands twice", slide=slide, file=path)
-    if not table.index.isin(spots).any():
+    labels = _read_table(path, slide, ["V2"])["V2"].str.strip()
+    if len(labels) == 0 or labels.index.isin(spots).mean() < MIN_SHARED:
         raise DataError(
-            "no spot of the annotation is on the slide",
+            f"only {labels.index.isin(spots).sum()} of {len(labels)} annotated spots are on the "
+            "slide",
             slide=slide,
             file=path,
-            fix=f"compare the ids: {table.index[0]!r} against {spots[0]!r}",
+            fix="fetch the file again if it may be cut off, else compare its ids: "
+            f"{next(iter(labels.index), None)!r} against {spots[0]!r}",
         )
-    return table["V2"].reindex(spots).replace(list(NO_LABEL), np.nan)
+    return labels.reindex(spots).replace(list(NO_LABEL), np.nan)
 
 
 # --------------------------------------------------------------------------- geometry and image
 
 
-def estimate_um_per_px(xy: np.ndarray, tech: str, radius_px: float | None = None) -> float:
+def estimate_um_per_px(
+    xy: np.ndarray, tech: str, radius_px: float | None = None, *, bin_um: float | None = None
+) -> float:
     """Derive the scale of an image from the geometry of the array on it.
 
     The files state no scale, but the array's is known: the original Spatial Transcriptomics array
@@ -244,15 +257,19 @@ def estimate_um_per_px(xy: np.ndarray, tech: str, radius_px: float | None = None
         ``"ST"``, ``"Visium"`` or ``"VisiumHD"``.
     radius_px
         Radius of a spot in px. For ST it gives the scale, since those spots were located one by
-        one and their distances scatter; the printed Visium grids give it through the pitch.
+        one and their distances may scatter; the printed Visium grids give it through the pitch.
+        The dataset's authors computed r from the distance between columns, so the two agree on any
+        array, standard or not: only knowing the array gives the scale.
+    bin_um
+        Side of a Visium HD bin, 8 um when not given.
 
     Returns
     -------
     um per px.
     """
-    from_radius = SPOT_UM[tech] / (2 * radius_px) if radius_px else None
+    from_radius = (bin_um or SPOT_UM[tech]) / (2 * radius_px) if radius_px else None
     pitch = _pitch_px(xy) if len(xy) > 4 else None
-    from_pitch = PITCH_UM[tech] / pitch if pitch else None
+    from_pitch = (bin_um or PITCH_UM[tech]) / pitch if pitch else None
     scale = from_radius if tech == "ST" and from_radius else from_pitch or from_radius
     if scale is None:
         raise DataError("too few spots to derive um per px", fix="state um_per_px yourself")
@@ -264,12 +281,13 @@ def estimate_um_per_px(xy: np.ndarray, tech: str, radius_px: float | None = None
     return scale
 
 
-def _pitch_px(xy: np.ndarray) -> float:
-    """Median distance to a next neighbour on the grid, in px."""
+def _pitch_px(xy: np.ndarray) -> float | None:
+    """Median distance to a next neighbour on the grid, in px; None when spots coincide."""
     distance, _ = cKDTree(xy).query(xy, k=5)
     distance = distance[:, 1:]
     # Spots at an edge have no four next neighbours: their others are diagonal, 1.4 times as far.
-    return float(np.median(distance[distance < 1.25 * np.median(distance[:, 0])]))
+    near = distance[distance < 1.25 * np.median(distance[:, 0])]
+    return float(np.median(near)) if len(near) and np.median(near) > 0 else None
 
 
 def attach_image(
@@ -281,23 +299,31 @@ def attach_image(
     radius_px: float | None,
     image: bool,
     scale: float | None = None,
+    bin_um: float | None = None,
 ) -> ad.AnnData:
     """Add the image, its scale and where it lies; check that the spots fit it."""
+    if tech not in SPOT_UM:
+        raise DataError(f"unknown array {tech!r}", slide=slide, fix=f"one of {list(SPOT_UM)}")
+    if scale is not None and not (np.isfinite(scale) and scale > 0):
+        raise DataError(f"{scale} um per px is no scale", slide=slide, fix="a number above 0")
     xy = adata.obsm["spatial"]
     info = images.info(path, slide=slide)
-    _check_inside(xy, info.width, info.height, slide, path)
-    scale = scale or estimate_um_per_px(xy, tech, radius_px)
+    try:
+        scale = scale or estimate_um_per_px(xy, tech, radius_px, bin_um=bin_um)
+    except DataError as error:
+        raise DataError(str(error).rstrip("."), slide=slide, file=path) from error
     pictures, factor = {}, 1.0
     if image:
         pictures["hires"] = images.read(path, max_side=HIRES_SIDE, slide=slide)
-        factor = pictures["hires"].shape[1] / info.width
-        _check_on_tissue(xy * factor, pictures["hires"], slide, path)
+        factor = max(pictures["hires"].shape[:2]) / max(info.width, info.height)
     adata.uns["spatial"] = {
         slide: {
             "images": pictures,
             "scalefactors": {
                 "tissue_hires_scalef": factor,
-                "spot_diameter_fullres": 2 * radius_px if radius_px else SPOT_UM[tech] / scale,
+                "spot_diameter_fullres": 2 * radius_px
+                if radius_px
+                else (bin_um or SPOT_UM[tech]) / scale,
             },
             "metadata": {
                 "image_path": str(path),
@@ -308,7 +334,26 @@ def attach_image(
             "um_per_px": scale,
         }
     }
+    check_spots(adata, slide)
     return adata
+
+
+def check_spots(adata: ad.AnnData, slide: str | None = None) -> None:
+    """Check that the spots of a slide lie on its image and, where that was read, on its tissue.
+
+    Raises
+    ------
+    DataError
+        When a spot lies outside the image, most lie off the tissue, or more would lie on it with
+        x and y swapped.
+    """
+    slide = slide or next(iter(adata.uns["spatial"]))
+    known, path = _spatial(adata, slide), image_path(adata, slide)
+    size, xy = known["metadata"], adata.obsm["spatial"]
+    _check_inside(xy, size["width_px"], size["height_px"], slide, path)
+    if known["images"]:
+        factor = known["scalefactors"]["tissue_hires_scalef"]
+        _check_on_tissue(xy * factor, known["images"]["hires"], slide, path)
 
 
 def _check_inside(xy: np.ndarray, width: int, height: int, slide: str, path: Path) -> None:
@@ -332,6 +377,9 @@ def _check_inside(xy: np.ndarray, width: int, height: int, slide: str, path: Pat
 def _check_on_tissue(xy: np.ndarray, picture: np.ndarray, slide: str, path: Path) -> None:
     """Refuse coordinates that miss the tissue, or meet it better with x and y swapped."""
     mask = tissue_mask(picture)
+    if not mask.any():
+        logger.warning("slide %s: the image has no colour; nobody checked its spots", slide)
+        return
     given, swapped = _share_on(mask, xy), _share_on(mask, xy[:, ::-1])
     if given >= 0.3 and swapped - given <= 0.1:
         return
@@ -346,27 +394,27 @@ def _check_on_tissue(xy: np.ndarray, picture: np.ndarray, slide: str, path: Path
 
 
 def tissue_mask(picture: np.ndarray) -> np.ndarray:
-    """Return where an RGB image shows tissue: smoothed saturation above Otsu's threshold.
+    """Return where an RGB image shows tissue: smoothed colour above Otsu's threshold.
 
     Parameters
     ----------
     picture
-        uint8, shape (h, w, 3). Stained tissue is coloured, glass is grey, whatever the light.
+        uint8, shape (h, w, 3). Stained tissue is coloured; glass is grey, and so is a black border.
 
     Returns
     -------
-    bool, shape (h, w).
+    bool, shape (h, w); False everywhere when the image has no colour.
     """
     from scipy.ndimage import uniform_filter
     from skimage.filters import threshold_otsu
 
-    high, low = picture.max(axis=2).astype(np.float32), picture.min(axis=2).astype(np.float32)
-    saturation = (high - low) / np.maximum(high, 1)
+    colour = np.ptp(picture, axis=2).astype(np.float32)
     # Smooth over the pale gaps between nuclei: tissue is a region, not a set of pixels.
-    saturation = uniform_filter(saturation, size=1 + max(saturation.shape) // 200)
-    if np.ptp(saturation) == 0:
-        return np.zeros(saturation.shape, bool)
-    return saturation > threshold_otsu(saturation)
+    colour = uniform_filter(colour, size=1 + max(colour.shape) // 200)
+    colour = np.minimum(colour, np.percentile(colour, 90))  # ink is brighter than any stain
+    if np.ptp(colour) < 4:
+        return np.zeros(colour.shape, bool)
+    return colour > threshold_otsu(colour)
 
 
 def _share_on(mask: np.ndarray, xy: np.ndarray) -> float:
