@@ -115,7 +115,7 @@ def test_a_page_made_from_the_table_says_so(staged, real_root, monkeypatch):
 def test_a_page_made_without_the_table_says_so(staged):
     dataset_page.stage(staged, "mob")
     found = substitutions(staged)
-    assert "could not be had" in found["source"]
+    assert "was not available" in found["source"]
     assert "results/catalogue.json" in found["source"]
     assert (found["n_slides"], found["n_spots"]) == ("1,149", "4,293,195")
 

@@ -175,7 +175,7 @@ def study_table(study: Any, loaded: dict[str, Any]) -> str:
                 f"{slides.um_per_px(adata):.2f}",
             ]
         )
-    return rows(["slide", "donor", "spots", "genes", "labelled spots", "um/px"], body, "llrrrr")
+    return rows(["slide", "donor", "spots", "genes", "labelled spots", "µm/px"], body, "llrrrr")
 
 
 def common_prefix(study: Any) -> str:
@@ -331,7 +331,7 @@ def stage(folder: Path, study: str) -> None:
         stored = json.loads(STORED.read_text(encoding="utf-8"))
         numbers = stored["facts"]
         source = (
-            "The official table of slides could not be had when this page was built."
+            "The official table of slides was not available when this page was built."
             " The totals come from `results/catalogue.json`, computed from that table on"
             f" {stored['computed']} (SHA-256 beginning with `{stored['table_sha256'][:12]}`)."
         )

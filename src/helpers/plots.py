@@ -199,7 +199,7 @@ def close_up(
     )
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     ax.imshow(images.read_region(slides.image_path(adata), (x, y, x + side, y + side)))
-    scale_bar(ax, scale, length_um=side_um / 5)
+    scale_bar(ax, scale, length_um=round(side_um / 5))
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
     return ax

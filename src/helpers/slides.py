@@ -259,7 +259,7 @@ def estimate_um_per_px(
         Radius of a spot in px. For ST it gives the scale, since those spots were located one by
         one and their distances may scatter; the printed Visium grids give it through the pitch.
         The dataset's authors computed r from the distance between columns, so the two agree on any
-        array, standard or not: only knowing the array gives the scale.
+        square array, standard or not: only knowing the array gives the scale.
     bin_um
         Side of a Visium HD bin, 8 um when not given.
 
