@@ -50,7 +50,6 @@ def test_zeros_are_not_stored(table):
 @pytest.mark.parametrize(
     "text",
     [
-        GOOD.removesuffix("\n"),
         GOOD.replace("\n", "\r\n"),
         GOOD + "\n\n",
         "\ufeff" + GOOD,
@@ -64,7 +63,6 @@ def test_zeros_are_not_stored(table):
         "spot" + GOOD,
     ],
     ids=[
-        "no-newline",
         "crlf",
         "blank-lines",
         "bom",
@@ -117,7 +115,7 @@ def tables(draw):
     for spot, row in zip(spots, values, strict=True):
         rows.append(",".join([name(spot), *(draw(spellings).format(value) for value in row)]))
     end = draw(st.sampled_from(["\n", "\r\n"]))
-    return end.join(rows) + draw(st.sampled_from(["", end])), spots, genes, values
+    return end.join(rows) + end, spots, genes, values
 
 
 @given(tables())
@@ -185,6 +183,16 @@ def test_counts_of_one_gene_symbol_are_added_with_one_warning(table, caplog):
         pytest.param(GOOD[:-8], ["line 4", "no spot id or no counts"], id="cut-in-an-id"),
         pytest.param(GOOD[:-2], ["line 4", "'C'", "empty", "fetch"], id="cut-before-a-cell"),
         pytest.param(GOOD + '"s_9', ["line 5", "no spot id"], id="cut-in-a-quoted-id"),
+        pytest.param(GOOD[:-1], ["line 4", "no newline", "half a download"], id="no-newline"),
+        pytest.param(GOOD.replace("3", "3\r4"), ["line 2", "cannot be read"], id="lone-cr"),
+        pytest.param(
+            GOOD.replace("3", f'"{"1" * 200_000}"'), ["line 2", "field limit"], id="endless-cell"
+        ),
+        pytest.param(GOOD.replace("12", '1"2'), ["line 2", "'C'", "not a number"], id="quote"),
+        pytest.param(GOOD.replace("12", '"1"2'), ["line 2", "cannot be read"], id="half-quoted"),
+        pytest.param(GOOD.replace("12", '"1,234"'), ["'C'", "'1,234'"], id="thousands"),
+        pytest.param(GOOD.replace("3,12", '"3,12"'), ["2 counts for 3"], id="two-in-quotes"),
+        pytest.param(GOOD.replace("s_1x1", '"s"_1x1'), ["line 2", "no spot id"], id="quoted-id"),
         pytest.param(GOOD.replace("12", "12,1"), ["4 counts for 3 genes"], id="too-many-cells"),
         pytest.param(GOOD.replace(",A,", "A,"), ["3 counts for 2 genes"], id="shifted-header"),
         pytest.param(GOOD.replace("1x2", "1x1"), ["'s_1x1'", "2 and 3"], id="duplicate-spot"),
@@ -274,7 +282,7 @@ def test_an_interrupted_write_leaves_nothing_behind(table, cache, monkeypatch):
     np.testing.assert_array_equal(counts.load(path).X.toarray(), DENSE)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "method", "encrypted"])
 def test_a_damaged_cache_is_never_read(table, cache, damage, caplog):
     path = table(GOOD)
     counts.load(path)
@@ -282,7 +290,15 @@ def test_a_damaged_cache_is_never_read(table, cache, damage, caplog):
     good = stored.read_bytes()
     place = good.index(np.array([3, 12, 5], np.uint8).tobytes())  # the values themselves
     flipped = good[:place] + b"\x09" + good[place + 1 :]
-    stored.write_bytes({"cut": good[:-50], "flipped": flipped, "empty": b""}[damage])
+    entry = good.index(b"PK\1\2")  # of the zip's table of contents
+    damaged = {
+        "cut": good[:-50],
+        "flipped": flipped,
+        "empty": b"",
+        "method": good[: entry + 10] + b"\x63" + good[entry + 11 :],  # NotImplementedError
+        "encrypted": good[: entry + 8] + b"\1" + good[entry + 9 :],  # RuntimeError
+    }
+    stored.write_bytes(damaged[damage])
     np.testing.assert_array_equal(counts.load(path).X.toarray(), DENSE)
     assert "damaged" in caplog.text
     assert stored.read_bytes() == good

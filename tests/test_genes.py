@@ -76,6 +76,28 @@ def test_a_panel_chosen_with_a_held_out_slide_is_refused():
     assert "S_A1" not in str(refused.value)
 
 
+def test_one_name_is_no_list_of_held_out_slides():
+    panel = genes.Panel("p", ("A",), "by hand", ("S_A1",))
+    with pytest.raises(DataError, match=r"'S_A1' is one name.*Fix: give \['S_A1'\]"):
+        genes.check_held_out(panel, "S_A1")
+
+
+@pytest.mark.parametrize("bare", [{"genes": "ABC"}, {"slides": "S_A1"}], ids=str)
+def test_a_panel_of_letters_is_refused(bare):
+    with pytest.raises(DataError, match="'p' are one text"):
+        genes.Panel(**{"name": "p", "genes": ("A",), "method": "", "slides": ("S_A1",), **bare})
+
+
+@pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch])
+def test_overlap_panels_name_the_slides_of_the_spots_whatever_the_keys(slides, choose):
+    renamed = {"train1": slides["S_A1"], "train2": slides["S_B1"]}
+    assert choose(renamed, n=10).slides == ("S_A1", "S_B1")
+
+
+def test_a_panel_from_slides_put_together_names_them_all(slides):
+    assert genes.hvg(ad.concat([slides["S_A1"], slides["S_B1"]]), 10).slides == ("S_A1", "S_B1")
+
+
 @pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch])
 def test_overlap_panels_name_their_slides(slides, choose):
     two = {name: slides[name] for name in ("S_A1", "S_B1")}
@@ -136,6 +158,13 @@ def test_normalising_keeps_the_counts_and_the_slide(slides):
     assert result.X.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.int64])
+def test_normalised_values_are_csr_float32_whatever_came_in(slides, kind):
+    slides["S_A1"].X = slides["S_A1"].X.toarray().astype(kind)
+    result = genes.normalise(slides["S_A1"])
+    assert (result.X.format, result.X.dtype) == ("csr", np.float32)
+
+
 def test_normalising_twice_is_refused(slides):
     with pytest.raises(DataError, match=r"S_A1.*normalised already"):
         genes.normalise(genes.normalise(slides["S_A1"]))
@@ -156,7 +185,7 @@ def test_a_spot_without_counts_stays_at_zero(slides):
         assert genes.normalise(adata).X[3].sum() == 0
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
+@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
 def test_values_that_are_no_counts_are_refused(slides, value):
     slides["S_A1"].X.data[7] = value
     with pytest.raises(DataError, match=r"S_A1.*not counts"):
@@ -301,6 +330,12 @@ def test_missing_genes_are_named_with_the_slide(slides):
     panel = genes.Panel("p", ("G7", "TP53", "ERBB2"), "by hand", ())
     with pytest.raises(DataError, match=r"S_A1.*2 of 3 genes of panel 'p'.*TP53, ERBB2"):
         genes.select(slides["S_A1"], panel)
+
+
+def test_selecting_from_a_slide_that_repeats_a_symbol_is_refused(slides):
+    slides["S_A1"].var_names = ["G0", "G0", *slides["S_A1"].var_names[2:]]
+    with pytest.raises(DataError, match=r"S_A1.*more than once: G0"):
+        genes.select(slides["S_A1"], genes.Panel("p", ("G7",), "by hand", ()))
 
 
 def test_jaccard():

@@ -124,8 +124,30 @@ def test_sixteen_bit_colour_tiff_keeps_its_upper_eight(tmp_path):
 def test_floating_point_tiff_is_refused(tmp_path):
     path = tmp_path / "a.png"
     tifffile.imwrite(path, np.zeros((8, 8), np.float32))
-    with pytest.raises(DataError, match="no stated range"):
+    with pytest.raises(DataError, match=r"not supported.*float32.*Fix: save it as RGB"):
         images.read(path)
+
+
+def test_tiff_of_five_channels_is_refused_as_no_picture(tmp_path):
+    path = tmp_path / "a.png"
+    tifffile.imwrite(path, picture(channels=5), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(DataError, match=r"not supported \(5 channel"):
+        images.read(path)
+
+
+def test_sixteen_bit_inks_which_pillow_misreads_are_refused(tmp_path):
+    path = tmp_path / "a.png"
+    tifffile.imwrite(path, picture(channels=1)[..., 0].astype(np.uint16), photometric="miniswhite")
+    with pytest.raises(DataError, match=r"not supported.*16-bit"):
+        images.read(path)
+
+
+@pytest.mark.parametrize("factor", [1, 257], ids=["8 bits", "16 bits"])
+def test_tiff_stored_colour_by_colour_is_put_together(tmp_path, factor):
+    path, planes = tmp_path / "a.png", picture().transpose(2, 0, 1)
+    planes = planes * np.uint16(factor) if factor > 1 else planes
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(images.read(path), picture())
 
 
 def test_exif_orientation_is_not_applied_because_coordinates_count_stored_pixels(put):
@@ -154,6 +176,12 @@ def test_max_side_bounds_the_longer_side_and_keeps_the_shape(put, kind, max_side
     height, width = images.read(path, max_side=max_side).shape[:2]
     assert width == max_side
     assert height == max(1, round(240 * max_side / 400))
+
+
+@pytest.mark.parametrize("max_side", [0, -5, 0.5, np.nan])
+def test_max_side_below_one_is_refused(put, max_side):
+    with pytest.raises(DataError, match=f"slide {SLIDE}.*cannot be shrunk to"):
+        images.read(put(Image.fromarray(picture()), "PNG"), max_side=max_side, slide=SLIDE)
 
 
 def test_max_side_never_enlarges(put):
@@ -221,6 +249,12 @@ def test_decompression_bomb_is_refused_before_decoding(put):
     path = put(bomb(60_000, 60_000))
     with pytest.raises(DataError, match=rf"slide {SLIDE}.*3,600,000,000 pixels.*limit.*Fix:"):
         images.read(path, slide=SLIDE)
+
+
+def test_advice_for_a_large_png_is_not_to_shrink_it_which_decodes_it_whole(put):
+    with pytest.raises(DataError, match="Fix: store the image as a tiled TIFF") as refused:
+        images.read(put(bomb(60_000, 60_000)), max_side=100)
+    assert "max_side" not in str(refused.value)
 
 
 def test_header_of_a_bomb_can_be_read(put):
@@ -336,12 +370,21 @@ def test_folder_instead_of_an_image_is_refused(tmp_path):
         images.read(tmp_path)
 
 
-def test_flawed_but_complete_jpeg_is_read_with_a_warning(put, caplog):
+def test_jpeg_with_stray_bytes_is_refused_as_they_are_what_damage_looks_like(put):
     data = encoded(Image.fromarray(picture(64, 64)), "JPEG", restart_marker_blocks=1)
-    marker = data.index(b"\xff\xd1")  # stray bytes before a restart marker: decoders skip them
-    path = put(data[:marker] + b"\x12" * 20 + data[marker:])
-    assert images.read(path, slide=SLIDE).shape == (64, 64, 3)
-    assert SLIDE in caplog.text
+    marker = data.index(b"\xff\xd1")
+    with pytest.raises(DataError, match=r"damaged.*20 extraneous bytes"):
+        images.read(put(data[:marker] + b"\x12" * 20 + data[marker:]))
+
+
+@pytest.mark.parametrize("max_side", [None, 100])
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_jpeg_with_a_hole_is_refused(put, progressive, max_side):
+    data = encoded(Image.fromarray(picture(400, 600)), "JPEG", progressive=progressive)
+    half = len(data) // 2
+    path = put(data[:half] + bytes(2000) + data[half + 2000 :])
+    with pytest.raises(DataError, match=f"slide {SLIDE}.*damaged.*Corrupt JPEG data"):
+        images.read(path, slide=SLIDE, max_side=max_side)
 
 
 SEEDS = {
@@ -369,6 +412,16 @@ def test_damaged_bytes_give_pixels_or_a_data_error_and_nothing_else(tmp_path, ki
 
 
 # --------------------------------------------------------------------------- real
+
+
+@pytest.mark.real
+def test_every_real_slide_is_decoded_without_a_complaint(real_root):
+    for path in sorted(real_root.glob("*/image/*.png")):
+        header = images.info(path)
+        assert images.read(path, max_side=500).shape[:2] == tuple(
+            round(side * 500 / max(header.width, header.height))
+            for side in (header.height, header.width)
+        )
 
 
 @pytest.mark.real

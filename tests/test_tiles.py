@@ -148,6 +148,13 @@ def test_spot_ids_that_look_like_numbers_or_nothing_stay_text(tmp_path):
     assert list(tiles.cut(adata, size=8).index.index) == ["007", "NA", "1e5"]
 
 
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", "a\r\nb", 'a"b', "a,b", " a ", ""], ids=repr)
+def test_any_spot_id_comes_back_from_the_cache(tmp_path, name):
+    adata = make(tmp_path, [(100, 100), (50, 50)], picture())
+    adata.obs_names = [name, "z"]
+    assert list(tiles.cut(adata, size=8).index.index) == [name, "z"]
+
+
 # --------------------------------------------------------------------------- edges
 
 
@@ -277,6 +284,32 @@ def test_damaged_cache_is_cut_again_with_a_warning(tmp_path, caplog, name, damag
     assert "damaged" in caplog.text
 
 
+def test_empty_array_in_the_cache_is_cut_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+    adata = make(tmp_path, [(100, 100)], picture())
+    good = np.array(tiles.cut(adata, size=16).array)
+    next((tmp_path / "cache").rglob("tiles.npy")).write_bytes(b"")  # EOFError in numpy
+    assert np.array_equal(tiles.cut(adata, size=16).array, good)
+
+
+def test_damaged_cache_that_another_process_removes_is_cut_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
+    adata = make(tmp_path, [(100, 100)], picture())
+    good = np.array(tiles.cut(adata, size=16).array)
+    file = next((tmp_path / "cache").rglob("tiles.npy"))
+    file.write_bytes(b"damaged")
+    remove = tiles._remove
+    monkeypatch.setattr(tiles, "_remove", lambda folder: (remove(folder), remove(folder)))
+    assert np.array_equal(tiles.cut(adata, size=16).array, good)
+    assert [f.name for f in (tmp_path / "cache/tiles").iterdir()] == [file.parent.name]
+
+
+def test_tiles_lost_at_once_are_an_error_and_not_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "_load", lambda folder, shape: None)
+    with pytest.raises(DataError, match="gone from the cache"):
+        tiles.cut(make(tmp_path, [(100, 100)], picture()), size=8)
+
+
 def _holds(file, adata):
     """Whether a cached folder is the one just written (tests share a cache)."""
     newest = max(file.parent.parent.iterdir(), key=lambda f: f.stat().st_mtime_ns)
@@ -326,14 +359,14 @@ def test_failure_while_cutting_leaves_the_cache_empty(tmp_path, monkeypatch):
     assert list((tmp_path / "cache/tiles").iterdir()) == []
 
 
-def test_full_disk_while_writing_ends_with_the_error_and_an_empty_cache(tmp_path, monkeypatch):
+def test_full_disk_while_writing_is_said_and_leaves_the_cache_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
 
     def full(store, start, row, part):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tiles, "_shifted", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"cannot be written \(No space left.*STIMAGE_CACHE"):
         tiles.cut(make(tmp_path, [(100, 100)] * 500, picture()), size=16)
     assert list((tmp_path / "cache/tiles").iterdir()) == []
 
@@ -350,12 +383,41 @@ def test_unwritable_cache_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"side_um": 0}, {"side_um": -1}, {"side_um": np.nan}, {"size": 0}, {"edge": "wrap"}],
+    [
+        *({"side_um": side} for side in (0, -1, np.nan, np.inf, None, "100")),
+        *({"size": size} for size in (0, 96.5, np.nan, np.inf, None, "96")),
+        {"edge": "wrap"},
+    ],
     ids=str,
 )
 def test_senseless_settings_are_refused(tmp_path, change):
     with pytest.raises(DataError, match="cannot be cut"):
         tiles.cut(make(tmp_path, [(100, 100)], picture()), **change)
+
+
+@pytest.mark.parametrize("size", [8.0, np.int64(8), np.float32(8)], ids=repr)
+def test_any_whole_number_is_a_size(tmp_path, size):
+    adata = make(tmp_path, [(100, 100)], picture())
+    assert tiles.cut(adata, size=size).array.shape == (1, 8, 8, 3)
+
+
+def test_tile_larger_than_the_image_is_refused_before_it_takes_memory(tmp_path):
+    with pytest.raises(DataError, match=rf"slide {SLIDE}.*500000000 px wide.*320 x 240"):
+        tiles.cut(make(tmp_path, [(100, 100)], picture()), side_um=1e9)
+
+
+def test_slide_of_the_spots_must_be_that_of_the_image(tmp_path):
+    adata = make(tmp_path, [(100, 100)], picture())
+    adata.obs["slide"] = "Other_1"
+    with pytest.raises(DataError, match=rf"Other_1.*{SLIDE}.*one image per AnnData"):
+        tiles.cut(adata)
+
+
+def test_two_slides_in_one_anndata_are_sent_to_cut_study(tmp_path):
+    pair = [make(tmp_path, [(100, 100)], picture(), slide=name) for name in ("A_1", "B_1")]
+    both = ad.concat(pair, uns_merge="unique")
+    with pytest.raises(DataError, match="Fix: pass cut_study a dict or list of one AnnData per"):
+        tiles.cut(both)
 
 
 def test_slide_without_place_is_refused():

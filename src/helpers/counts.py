@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ def load(path: Path | str, *, slide: str | None = None) -> Counts:
     if stored.is_file():
         try:
             return _from_cache(stored)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("%s is damaged (%s); reading %s again", stored, error, path)
+        except Exception as error:  # at damaged bytes zipfile and numpy throw a dozen kinds
+            logger.warning("%s is damaged (%r); reading %s again", stored, error, path)
     counts = read_dense(path, slide=slide)
     with atomic(stored) as temporary:
         _to_cache(counts, temporary)
@@ -93,8 +92,9 @@ def load(path: Path | str, *, slide: str | None = None) -> Counts:
 def read_dense(path: Path | str, *, slide: str | None = None) -> Counts:
     """Read a dense table of counts (rows = spots, columns = genes) into a sparse matrix.
 
-    A table cut off exactly at the end of a row, or inside its very last number, is still a valid
-    table. Only the list of spots in the coordinate file can tell (`helpers.slides` compares).
+    The last line has to end with a newline: without one, its last count may have been cut short.
+    A table cut off exactly at the end of a row is still a valid table. Only the list of spots in
+    the coordinate file can tell (`helpers.slides` compares).
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def _rows(
     indices, data = bytearray(), bytearray()
     indptr, lines = [0], {}
     for number, line in enumerate(stream, start=2):
-        line = line.rstrip(b"\r\n")
+        ended, line = line.endswith(b"\n"), line.rstrip(b"\r\n")
         if not line.strip():
             continue
         spot, body = _split_id(line, number, fail)
@@ -180,16 +180,15 @@ def _rows(
             twice = f"spot id {spot!r} comes twice, in lines {lines[spot]} and {number}"
             raise fail(twice, "keep one row per spot")
         lines[spot] = number
-        row = _plain(body)
-        if row is None:  # quotes and `.0` are common enough to be worth a second quick try
-            row = _plain((body + b",").replace(b'"', b"").replace(b".0,", b",")[:-1])
-        if row is None:
-            row = _spelled(body, f"line {number} (spot {spot!r})", genes, fail)
-        cells, columns, values = row
+        where = f"line {number} (spot {spot!r})"
+        row = _plain(body) or _plain((body + b",").replace(b".0,", b",")[:-1])  # `.0` is common
+        cells, columns, values = row or _spelled(body, where, genes, fail)
         if cells != len(genes):
             short = "the file may be half a download; " if cells < len(genes) else ""
-            what = f"line {number} (spot {spot!r}) has {cells} counts for {len(genes)} genes"
-            raise fail(what, short + _AGAIN)
+            raise fail(f"{where} has {cells} counts for {len(genes)} genes", short + _AGAIN)
+        if not ended:
+            what = f"{where} is the last and has no newline at its end"
+            raise fail(what, f"the file may be half a download; {_AGAIN}")
         indices += columns.astype(np.int32).tobytes()
         data += values.astype(np.float32).tobytes()
         indptr.append(indptr[-1] + len(columns))
@@ -207,9 +206,9 @@ def _split_id(line: bytes, number: int, fail: Callable[..., DataError]) -> tuple
         end = line.find(b'"', 1) + 1
         while end and line[end : end + 1] == b'"':
             end = line.find(b'"', end + 1) + 1
-    spot, comma, body = line[end:].partition(b",")
-    spot = line[1 : end - 1].replace(b'""', b'"') if end else spot
-    if not spot.strip() or not comma:
+    rest, comma, body = line[end:].partition(b",")
+    spot = line[1 : end - 1].replace(b'""', b'"') if end else rest
+    if not spot.strip() or not comma or (end and rest):
         raise fail(f"line {number} has no spot id or no counts")
     try:
         return spot.decode(), body
@@ -241,7 +240,13 @@ def _plain(body: bytes) -> Row | None:
 
 def _spelled(body: bytes, where: str, genes: list[str], fail: Callable[..., DataError]) -> Row:
     """Parse cells in any spelling, or say which one is no count."""
-    cells = next(csv.reader([body.decode("utf-8", "replace")]))
+    try:
+        cells = next(csv.reader([body.decode("utf-8", "replace")], strict=True), [])
+    except csv.Error as error:
+        raise fail(f"{where} cannot be read ({error})") from error
+    row = _plain((",".join(cells) + ",").replace(".0,", ",")[:-1].encode())
+    if row is not None and row[0] == len(cells):  # else a cell in quotes holds a comma
+        return row
     values = pd.to_numeric(pd.Series(cells, dtype=str), errors="coerce").to_numpy(float)
     with np.errstate(invalid="ignore"):
         good = (values >= 0) & (values <= LARGEST) & (values == np.floor(values))

@@ -82,8 +82,9 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     for old in path.parent.glob(f"{_SCRATCH}*"):
-        if time.time() - old.stat().st_mtime > 86_400:
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its owner has just finished
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old, ignore_errors=True)
     temporary = scratch / path.name
     try:
         yield temporary

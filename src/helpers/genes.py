@@ -48,6 +48,9 @@ class Panel:
     slides: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.genes, str) or isinstance(self.slides, str):
+            what = f"genes or slides of panel {self.name!r} are one text, read as single letters"
+            raise DataError(what, fix="give tuples of names")
         if not self.genes:
             raise DataError(f"panel {self.name!r} has no genes")
         twice = pd.Index(self.genes)[pd.Index(self.genes).duplicated()].unique()
@@ -68,8 +71,11 @@ def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
     Raises
     ------
     DataError
-        Naming the slides that the panel has seen.
+        Naming the slides that the panel has seen; also for a bare name, which would be read as
+        letters.
     """
+    if isinstance(slides, str):
+        raise DataError(f"{slides!r} is one name, not a list of slides", fix=f"give [{slides!r}]")
     seen = sorted(set(panel.slides) & set(slides))
     if seen:
         raise DataError(
@@ -165,7 +171,7 @@ def normalise(adata: AnnData, target_sum: float = TARGET_SUM) -> AnnData:
         raise DataError("the slide is normalised already", slide=_name(adata), fix="do it once")
     counts = raw_counts(adata)
     result = adata.copy()
-    result.layers["counts"] = counts.copy()
+    result.X, result.layers["counts"] = counts.astype(np.float32), counts.copy()
     sc.pp.normalize_total(result, target_sum=target_sum)
     sc.pp.log1p(result)
     return result
@@ -183,12 +189,11 @@ def raw_counts(adata: AnnData) -> sparse.csr_matrix:
     X = sparse.csr_matrix(adata.layers.get("counts", adata.X))
     if 0 in X.shape:
         raise DataError(f"the slide has {X.shape[0]} spots and {X.shape[1]} genes", slide=slide)
-    if (X.data < 0).any() or (X.data != np.floor(X.data)).any():
+    if not (np.isfinite(X.data) & (X.data >= 0) & (X.data == np.floor(X.data))).all():
+        what = "X holds negative, fractional or infinite values or NaN, not counts"
         fix = "load the raw counts, or keep them in layers['counts'] as `normalise` does"
-        raise DataError("X holds negative or fractional values, not counts", slide=slide, fix=fix)
-    if not adata.var_names.is_unique:
-        twice = adata.var_names[adata.var_names.duplicated()].unique()
-        raise DataError(f"gene symbols come more than once: {_some(twice)}", slide=slide)
+        raise DataError(what, slide=slide, fix=fix)
+    _unique_symbols(adata)
     return X
 
 
@@ -218,7 +223,8 @@ def hvg(adata: AnnData, n: int = 128) -> Panel:
     _enough(n, expressed.n_vars, (slide,))
     table = sc.experimental.pp.highly_variable_genes(expressed, n_top_genes=n, inplace=False)
     ranks = table.loc[table["highly_variable"], "highly_variable_rank"].sort_values(kind="stable")
-    return Panel(f"hvg-{n} {slide}", tuple(ranks.index), "Pearson residuals, one slide", (slide,))
+    seen = _seen({slide: adata})
+    return Panel(f"hvg-{n} {slide}", tuple(ranks.index), "Pearson residuals, one slide", seen)
 
 
 def overlap_hvg(
@@ -295,10 +301,10 @@ def _overlap(
     rank = ["highly_variable_nbatches"] * batch + ["dispersions_norm"]
     table = table[table["highly_variable"]].sort_values(rank, ascending=False, kind="stable")
     # A tie at the last place lets scanpy return more than n; the first n are kept.
-    chosen = tuple(table.index[:n])
+    chosen, seen = tuple(table.index[:n]), _seen(slides)
     if batch:
-        return Panel(f"overlap-hvg-batch-{n}", chosen, "dispersion within slides", tuple(slides))
-    return Panel(f"overlap-hvg-{n}", chosen, "dispersion over all spots pooled", tuple(slides))
+        return Panel(f"overlap-hvg-batch-{n}", chosen, "dispersion within slides", seen)
+    return Panel(f"overlap-hvg-{n}", chosen, "dispersion over all spots pooled", seen)
 
 
 def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
@@ -339,8 +345,9 @@ def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
     ------
     DataError
         When the slide lacks genes of the panel. Filling them with zeros would say "not expressed"
-        where the truth is "not measured".
+        where the truth is "not measured". Also when it names a gene more than once.
     """
+    _unique_symbols(adata)
     column = adata.var_names.get_indexer(panel.genes)
     missing = [gene for gene, at in zip(panel.genes, column, strict=True) if at < 0]
     if missing:
@@ -408,6 +415,19 @@ def _name(adata: AnnData) -> str:
     """Slide name of an AnnData, from its spots."""
     names = adata.obs["slide"].unique() if "slide" in adata.obs else []
     return str(names[0]) if len(names) == 1 else "unnamed"
+
+
+def _seen(slides: Mapping[str, AnnData]) -> tuple[str, ...]:
+    """Slides the spots say they come from, whatever the key; the key where they say nothing."""
+    names = [a.obs["slide"].unique() if "slide" in a.obs else [key] for key, a in slides.items()]
+    return tuple(dict.fromkeys(str(name) for some in names for name in some))
+
+
+def _unique_symbols(adata: AnnData) -> None:
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()].unique()
+        what = f"gene symbols come more than once: {_some(twice)}"
+        raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
 def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> dict[str, AnnData]:

@@ -16,11 +16,11 @@ Rules of this module, for every format:
   a TIFF that it needs. A PNG has to be decoded whole, and so has a progressive JPEG.
 
 JPEGs are decoded by libjpeg-turbo at its accurate setting, through simplejpeg, which notices
-missing data (imagecodecs, as fast, returns grey instead). The result equals Pillow's to the bit.
+missing and damaged data (imagecodecs, as fast, returns grey instead). The result equals Pillow's to
+the bit.
 """
 
 import io
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,13 +32,11 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from helpers.files import DataError
 
-logger = logging.getLogger(__name__)
-
 MAX_PIXELS = 1_000_000_000
 """Pixels held in memory at once; as RGB they take 3 GB."""
 
 _FETCH = "fetch the file again"
-_TOO_LARGE = "use max_side, or store the image as a tiled TIFF, which is read by region"
+_TOO_LARGE = "store the image as a tiled TIFF, which is read by region"
 _SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -114,9 +112,13 @@ def read(
     Raises
     ------
     DataError
-        When the file is no readable image, is truncated, or is larger than `MAX_PIXELS`.
+        When the file is no readable image, is truncated or damaged, holds pixels of a kind that has
+        no place in RGB (floating point, five channels), or is larger than `MAX_PIXELS`.
     """
     path = Path(path)
+    if max_side is not None and not max_side >= 1:
+        what = f"an image cannot be shrunk to {max_side} px"
+        raise DataError(what, slide=slide, file=path, fix="give a max_side of 1 or more")
     header = info(path, slide=slide)
     factor = 1.0 if max_side is None else max(1.0, max(header.width, header.height) / max_side)
     try:
@@ -216,6 +218,10 @@ def _refuse(error: Exception, path: Path, slide: str | None) -> NoReturn:
     """Turn what a decoder threw (each has its own set of exceptions) into one that says where."""
     if isinstance(error, MemoryError):
         raise error
+    if isinstance(error, NotImplementedError):
+        what = f"this kind of image is not supported ({error})"
+        fix = "save it as RGB with 8 bits per channel"
+        raise DataError(what, slide=slide, file=path, fix=fix) from error
     raise DataError(
         f"the image is truncated or damaged ({error or type(error).__name__})",
         slide=slide,
@@ -248,13 +254,9 @@ def _read_jpeg(
     # Every coefficient of a progressive JPEG is held in memory, however small the result.
     _bound(header.width * header.height if progressive else width * height, path, slide)
     out = _view(buffer, (height, width, 3))
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=True, **wanted)
-    except ValueError as error:
-        if "premature" in str(error).lower():
-            raise
-        logger.warning("slide %s, file %s: flaws in the JPEG data (%s)", slide, path, error)
-        return _read_pillow(path, header, slide)
+    # Strict: any complaint of the decoder is an error. Stray bytes before a marker may be harmless,
+    # but they are also what damage looks like, and none of the book's slides has them.
+    return simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=True, **wanted)
 
 
 def _read_png(
@@ -281,6 +283,8 @@ def _read_tiff(
         page = _complete(tiff.pages.first)
         if not _is_plain(page):
             _bound(header.width * header.height, path, slide)
+            if _is_planar(page):
+                return _to_rgb8(np.stack(page.asarray(), axis=-1))
             return _read_pillow(path, header, slide)
         if factor == 1:
             _bound(header.width * header.height, path, slide)
@@ -300,7 +304,7 @@ def _read_pillow(path: Path, header: ImageInfo, slide: str | None) -> np.ndarray
     _bound(header.width * header.height, path, slide)
     with path.open("rb") as file, _CLASSES[header.format](file) as image:
         image.load()
-        if image.mode == "F" or image.mode.startswith("I"):
+        if image.mode.startswith("I"):
             return _to_rgb8(np.asarray(image))
         if image.has_transparency_data:
             over = Image.new("RGB", image.size, "white")
@@ -332,14 +336,29 @@ def _is_plain(page) -> bool:
     return (
         page.axes in ("YXS", "YX")
         and page.dtype in (np.uint8, np.uint16)
+        and page.bitspersample in (8, 16)
         and page.photometric.name in ("RGB", "MINISBLACK", "YCBCR")
         and (page.photometric.name != "YCBCR" or page.compression.name == "JPEG")
         and page.shape[2:] in ((), (3,), (4,))
     )
 
 
+def _is_planar(page) -> bool:
+    """Say whether a page is RGB(A) stored colour by colour, which Pillow misreads at 16 bits."""
+    bits = page.bitspersample
+    return page.axes == "SYX" and page.photometric.name == "RGB" and bits in (8, 16)
+
+
 def _complete(page):
-    """Return the page; refuse it when the file ends before its data, which decoders may fill in."""
+    """Return the page; refuse pixels that are no picture, and a file that ends before its data.
+
+    Decoders may fill in what is missing, and Pillow knows little but 8 bits.
+    """
+    samples, bits = page.samplesperpixel, page.bitspersample
+    known = bits <= 8 or _is_plain(page) or _is_planar(page)
+    if samples > 4 or page.dtype is None or page.dtype.kind not in "bu" or not known:
+        kind = f"{samples} channel(s) of {bits}-bit {page.dtype}, {page.photometric.name}"
+        raise NotImplementedError(kind)
     ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
     if max(ends, default=0) > page.parent.filehandle.size:
         raise ValueError("the file ends before the pixels do")
@@ -359,8 +378,6 @@ def _rows(page) -> Callable[[int, int, int, int], np.ndarray]:
 
 def _to_rgb8(pixels: np.ndarray) -> np.ndarray:
     """Turn grey, RGB or RGBA of 8 or 16 bits into RGB of 8; alpha over white."""
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixel values of type {pixels.dtype} have no stated range")
     if pixels.dtype != np.uint8:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 2:

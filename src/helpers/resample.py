@@ -36,7 +36,7 @@ def taps(low: float, side: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     scale = side / size
     width = max(scale, 1.0)
-    n_taps = int(np.ceil(4 * width)) + 1
+    n_taps = int(np.ceil(4 * width))
     first = np.empty(size, np.int64)
     weights = np.zeros((size, n_taps), np.float32)
     row = np.empty(n_taps)

@@ -14,17 +14,19 @@ the tissue mirrored; ``"drop"`` leaves the spot out; ``"error"`` refuses. A tile
 inside the image is always an error.
 """
 
+import csv
 import json
 import logging
 import math
 import mmap
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -116,16 +118,19 @@ def cut_study(
     DataError
         When a setting makes no sense, an image cannot be read, or a tile lies outside its image.
     """
-    if not (side_um > 0 and np.isfinite(side_um) and size >= 1 and edge in EDGES):
+    lengths = isinstance(side_um, Real) and 0 < side_um < math.inf
+    whole = isinstance(size, Real) and size >= 1 and size % 1 == 0
+    if not (lengths and whole and edge in EDGES):
         raise DataError(
-            f"tiles of {side_um} um, {size} px and edge {edge!r} cannot be cut",
-            fix=f"give lengths above 0 and an edge of {EDGES}",
+            f"tiles of {side_um!r} um, {size!r} px and edge {edge!r} cannot be cut",
+            fix=f"give lengths above 0, px as a whole number and an edge of {EDGES}",
         )
+    size = int(size)
     jobs = [_job(a, side_um, edge) for a in getattr(adatas, "values", lambda: adatas)()]
     n = sum(len(job.spots) for job in jobs)
     if n == 0:
         raise DataError("there is no spot to cut a tile for", fix="check slides and edge")
-    settings = {"side_um": float(side_um), "size": int(size), "edge": edge}
+    settings = {"side_um": float(side_um), "size": size, "edge": edge}
     if not cache:
         array = np.empty((n, size, size, 3), np.uint8)
         index, per_slide = _fill(partial(_put, array), jobs, settings)
@@ -138,10 +143,13 @@ def cut_study(
         temporary.mkdir()
         with _npy(temporary / "tiles.npy", (n, size, size, 3)) as store:
             index, per_slide = _fill(store, jobs, settings)
-        index.to_csv(temporary / "index.csv")
+        index.to_csv(temporary / "index.csv", quoting=csv.QUOTE_NONNUMERIC)
         text = json.dumps({**settings, "slides": per_slide}, indent=1)
         (temporary / "settings.json").write_text(text)
-    return _load(folder, (n, size, size, 3))
+    if (tiles := _load(folder, (n, size, size, 3))) is None:
+        what = "the tiles just cut are gone from the cache, or damaged again"
+        raise DataError(what, file=folder, fix="run it again, or cut with cache=False")
+    return tiles
 
 
 _Store = Callable[[int, np.ndarray], None]  # (row of the first tile, tiles)
@@ -185,11 +193,23 @@ def _load(folder: Path, shape: tuple[int, ...]) -> Tiles | None:
         settings = json.loads((folder / "settings.json").read_text())
         if array.shape != shape or len(index) != shape[0]:
             raise ValueError(f"{array.shape} and {len(index)} rows where {shape} belongs")
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("the cached tiles in %s are damaged (%s) and are cut again", folder, error)
-        shutil.rmtree(folder)
+    except Exception as error:  # at damaged bytes numpy, pandas and json throw a dozen kinds
+        logger.warning("the cached tiles in %s are damaged (%r) and are cut again", folder, error)
+        _remove(folder)
         return None
     return Tiles(array, index, settings)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of the cache: first out of sight, so that nobody meets half of it.
+
+    Aside it has a name that `files.atomic` sweeps away should this process die here.
+    """
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as aside:
+        try:
+            folder.rename(Path(aside) / folder.name)
+        except FileNotFoundError:
+            logger.info("another process has removed %s", folder)
 
 
 # --------------------------------------------------------------------------- what is to be cut
@@ -223,6 +243,13 @@ def _job(adata: ad.AnnData, side_um: float, edge: str) -> _Job:
     """Check one slide and find out how its tiles lie on the image."""
     known = adata.uns.get("spatial", {})
     slide = next(iter(known), None)
+    named = set(adata.obs["slide"].astype(str)) if "slide" in adata.obs else set()
+    if known and len(named | set(known)) > 1:
+        raise DataError(
+            f'obs["slide"] names {sorted(named)} and uns["spatial"] {sorted(known)}: tiles are cut '
+            "from one image per AnnData",
+            fix="pass cut_study a dict or list of one AnnData per slide, each with its own image",
+        )
     try:
         scale, path = slides.um_per_px(adata), slides.image_path(adata)
         xy = np.ascontiguousarray(adata.obsm["spatial"], dtype=np.float64)
@@ -241,6 +268,14 @@ def _job(adata: ad.AnnData, side_um: float, edge: str) -> _Job:
             fix='check uns["spatial"][slide]["um_per_px"] and obsm["spatial"]',
         )
     side = side_um / scale
+    if side > max(header.width, header.height):
+        raise DataError(
+            f"a tile of {side_um:g} um is {side:.0f} px wide, more than the whole image of "
+            f"{header.width} x {header.height} px",
+            slide=slide,
+            file=path,
+            fix='give a smaller side_um, or check uns["spatial"][slide]["um_per_px"]',
+        )
     far = np.array([header.width, header.height])
     beyond = np.maximum(side / 2 - xy, 0) + np.maximum(xy + side / 2 - far, 0)
     inside = np.clip(1 - beyond / side, 0, 1).prod(axis=1)
