@@ -20,7 +20,6 @@ All tables are simulated here, at the size of real slides, so that the figures n
 import hashlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bench_tiles import peak_mb
 
 
 def write_table(path: Path, spots: int, genes: list[str], density: float, seed: int) -> None:
@@ -144,9 +144,7 @@ def _child(way: str, *files: str) -> None:
         start = time.perf_counter()
         result = read(paths[0]) if read else choose(paths, folder)
         seconds = time.perf_counter() - start
-        unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        print(json.dumps({"seconds": seconds, "peak_mb": peak, "same": _same(result)}))
+        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "same": _same(result)}))
 
 
 def _run(way: str, paths: list[Path], cache: Path | None = None) -> dict:

@@ -177,7 +177,7 @@ def _warm_up(folder: Path) -> None:
     book(folder / "tiny.png", np.array([[30.0, 30.0], [5.0, 30.0]]), 10.0, folder)
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Return the peak resident memory of this process."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: the other figure starts from the parent's peak there
@@ -204,7 +204,7 @@ def _child(way: str, image: str, spots: str, radius: str) -> None:
         work(*arguments, out)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         written = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    facts = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": _peak_mb()}
+    facts = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb()}
     print(json.dumps(facts | {"written_mb": written / 1e6}))
 
 

@@ -19,7 +19,7 @@ import bench_tiles
 import psutil
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "data.json"
-PACKAGES = ("numpy", "pandas", "scipy", "anndata", "scanpy", "pillow", "imagecodecs", "numba")
+PACKAGES = ("numpy", "pandas", "scipy", "anndata", "scanpy", "pillow", "simplejpeg", "numba")
 
 
 def machine() -> dict[str, str | int | float]:
