@@ -73,8 +73,8 @@ def compare(
             "cpu_seconds": statistics.median(r["cpu_seconds"] for r in measured),
             "peak_mb": statistics.median(r["peak_mb"] for r in measured),
             "written_mb": statistics.median(r["written_mb"] for r in measured),
-            "times_faster": statistics.median(ratios),
-            "times_faster_per_pair": ratios,
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
             "runs": repeats,
         }
         if way != "published":
