@@ -65,3 +65,53 @@ def test_jitter_is_the_same_after_each_call_of_style():
 def test_the_default_figure_is_at_most_seven_inches_wide():
     plots.style()
     assert plt.rcParams["figure.figsize"][0] <= 7
+
+
+def history(epochs, validated):
+    rows = [
+        (epoch, split, measure, k, chance, value / (1 + epoch))
+        for epoch in range(1, epochs + 1)
+        for split, measure, k, chance, value in [
+            ("train", "loss", None, None, 3.0),
+            ("train", "temperature", None, None, 0.07),
+            *[("validation", "loss", None, None, 3.5)] * validated,
+            *[("validation", "recall", k, k / 100, k / 20) for k in (1, 10)] * validated,
+        ]
+    ]
+    return pd.DataFrame(rows, columns=["epoch", "split", "measure", "k", "chance", "value"])
+
+
+def test_curves_show_loss_and_recall_in_multiples_of_chance():
+    left, right = plots.curves(history(3, True)).axes
+    assert [line.get_label() for line in left.lines] == ["train", "validation"]
+    assert right.get_ylabel() == "recall@10, times chance"
+    assert right.lines[-1].get_ydata() == pytest.approx([5 / 2, 5 / 3, 5 / 4])
+    plt.close("all")
+
+
+def test_curves_without_validation_show_the_temperature():
+    left, right = plots.curves(history(2, False)).axes
+    assert [line.get_label() for line in left.lines] == ["train"]
+    assert right.get_ylabel() == "temperature"
+    assert right.lines[-1].get_ydata() == pytest.approx([0.07 / 2, 0.07 / 3])
+    plt.close("all")
+
+
+def test_a_live_curve_is_shown_once_and_then_redrawn_in_place(monkeypatch):
+    shown, redrawn = [], []
+
+    class Handle:
+        update = redrawn.append
+
+    def display(figure, display_id):
+        shown.append(figure)
+        return Handle() if display_id else None
+
+    monkeypatch.setattr(plots, "display", display)
+    live = plots.Live("a training")
+    for epochs in (1, 2, 3):
+        live(history(epochs, True))
+    assert len(shown) == 1
+    assert [len(f.axes[0].lines[0].get_xdata()) for f in redrawn] == [2, 3]
+    assert redrawn[-1].get_suptitle() == "a training"
+    assert not plt.get_fignums()  # nothing is left to be shown again

@@ -78,7 +78,8 @@ def digest(path: Path) -> str:
 def helpers_digest() -> str:
     """Return one SHA-256 over the helper package: its code is part of what made a page."""
     total = hashlib.sha256()
-    for path in sorted((ROOT / "src" / "helpers").rglob("*.py")):
+    code = (p for p in (ROOT / "src" / "helpers").rglob("*") if p.suffix in (".py", ".json"))
+    for path in sorted(code):
         total.update(f"{path.name} {digest(path)}\n".encode())
     return total.hexdigest()
 
@@ -112,6 +113,8 @@ def kernel_environment() -> None:
     """Set what every kernel inherits."""
     no_progress_bars()
     os.environ.pop("MPLBACKEND", None)  # figures go to the page, whatever the shell prefers
+    # Threads that spin for long while they wait slow training down 8 times on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ |= {
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one in the home folder
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

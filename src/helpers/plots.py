@@ -7,7 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from helpers import images, slides
@@ -227,3 +229,59 @@ def tile(array: np.ndarray, side_um: float, *, ax: Axes | None = None, bar: bool
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
+
+
+def curves(history: pd.DataFrame, title: str = "") -> Figure:
+    """Draw how a training went: its loss and, where it was validated, its recall.
+
+    Parameters
+    ----------
+    history
+        As from `helpers.contrast.fit`.
+    title
+        Over the figure.
+
+    Returns
+    -------
+    Figure
+        Left the loss of each split; right the recall at the largest k, mean of both directions, in
+        multiples of chance. Without validation, right is the temperature.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.8))
+    for split, part in history[history["measure"] == "loss"].groupby("split"):
+        left.plot(part["epoch"], part["value"], marker=".", label=split)
+    found = history[history["measure"] == "recall"]
+    if len(found):
+        found = found[found["k"] == found["k"].max()]
+        times = (found["value"] / found["chance"]).groupby(found["epoch"]).mean()
+        right.axhline(1, color="black", linestyle="--", linewidth=0.8)
+        name = f"recall@{found['k'].max():.0f}, times chance"
+    else:
+        found = history[history["measure"] == "temperature"]
+        times, name = found.set_index("epoch")["value"], "temperature"
+    right.plot(times.index, times, marker=".", color="C2")
+    left.legend(frameon=False)
+    for ax, label in ((left, "loss"), (right, name)):
+        ax.set(xlabel="epoch", ylabel=label, xlim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+class Live:
+    """`curves`, drawn anew after every epoch: give it to `helpers.contrast.fit` as `on_epoch`.
+
+    In a notebook the new figure takes the place of the old one, so that one is left in the end.
+    """
+
+    def __init__(self, title: str = "") -> None:
+        self.title, self.handle = title, None
+
+    def __call__(self, history: pd.DataFrame) -> None:
+        """Show the history so far."""
+        figure = curves(history, self.title)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)  # or it would be shown once more at the end of the cell
