@@ -32,8 +32,13 @@ STAGES = (
     Stage("slides", ("one slide,", "checked"), "chapter 1", "../notebooks/01_loading.html"),
     Stage("tiles", ("a picture", "per spot"), "chapter 2", "../notebooks/02_tiles.html"),
     Stage("genes", ("a panel", "with names"), "chapter 3", "../notebooks/03_panels.html"),
-    Stage("towers", ("each input", "to a vector"), "coming", "welcome.html" + COMING),
-    Stage("contrast", ("pairs pulled", "together"), "coming", "welcome.html" + COMING),
+    Stage("towers", ("each input", "to a vector"), "chapter 6", "../notebooks/06_clip_plip.html"),
+    Stage(
+        "contrast",
+        ("pairs pulled", "together"),
+        "chapters 5, 7",
+        "../notebooks/05_contrastive.html",
+    ),
     Stage("evaluate", ("what it", "is worth"), "coming", "welcome.html" + COMING),
 )
 
