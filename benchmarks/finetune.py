@@ -31,6 +31,19 @@ PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "numpy")
 SIDE_UM = {"demo": 100.0, "mob": 200.0}
 EPOCHS = {"demo": contrast.BOOK.epochs, "mob": 2 * contrast.BOOK.epochs}
 """Twice as many for two thirds of the spots; fixed with animal A, before the others were seen."""
+QUESTIONS = ("main", "panel", "start from captions", "choice of panel", "effort")
+EFFORT = ("128 genes", "300 um", "no augmentation", "twice as long", "ResNet", "from captions")
+"""What might make the tower see more in mob; tried with the second donor held out."""
+PANELS = (
+    ("overlap_hvg", 100),
+    ("overlap_hvg_batch", 128),
+    ("overlap_hvg_batch", 256),
+    ("overlap_hvg_batch", 512),
+    ("shared_hvg", 128),
+    ("shared_hvg", 256),
+    ("shared_hvg", 512),
+)
+"""What the panel of the book was chosen from, with the first donor out of sight."""
 PENALTY = {"colour": 1.0}
 """C of the probe where it is not 0.01; 49 numbers need less restraint than 192."""
 
@@ -64,6 +77,12 @@ def scores(fold: contrast.Fold, after_only: bool = False) -> dict[str, float]:
         )
         said = dummy.predict(np.zeros((len(labels[1]), 1)))
         found["probe majority"] = float(f1_score(labels[1], said, average="macro"))
+    return found | recalls(fold)
+
+
+def recalls(fold: contrast.Fold) -> dict[str, float]:
+    """How often pairs of the held-out donor are found, mean of both directions."""
+    found = {}
     table = contrast.recall(*contrast.embed_pairs(fold.fitted.model, fold.test))
     for k, part in table.groupby("k"):
         found[f"recall@{k}"] = float(part["recall"].mean())
@@ -81,12 +100,51 @@ def runs(study: str, donors: list[str]) -> Iterator[tuple[str, str, dict]]:
         yield "panel", donors[0], {"choose": name}
     for blocks in (0, 2, None):
         yield "start from captions", donors[0], {"blocks": blocks}
+    for name, n in PANELS:
+        for donor in donors[1:]:
+            for seed in (0, 1):
+                yield "choice of panel", donor, {"choose": name, "n_genes": n, "seed": seed}
+    if study == "mob":
+        for variant in EFFORT:
+            yield "effort", donors[1], {"variant": variant}
+
+
+def resnet(seed: int) -> towers.ImageTower:
+    """Return a small ResNet with random weights, for tiles of 96 px."""
+    tower = towers.load("resnet10t", seed=seed, pretrained=False)
+    return towers.ImageTower(replace(tower.card, size_px=96), tower.trunk)
+
+
+def options_of(variant: str, adatas: dict, donor: str, options: dict) -> dict:
+    """Change one thing of a run."""
+    settings, side = options["settings"], options["side_um"]
+    if variant == "300 um":
+        return options | {"side_um": 300.0}
+    if variant == "128 genes":
+        return options | {"n_genes": 128}
+    if variant == "ResNet":
+        return options | {"tower": resnet(settings.seed)}
+    if variant == "from captions":
+        start = captions.leave_out(adatas, donor, side_um=side).fitted.model.image
+        return options | {"tower": start}
+    if variant == "no augmentation":
+        return options | {"settings": replace(settings, augment=0.0)}
+    if variant == "twice as long":
+        return options | {"settings": replace(settings, epochs=2 * settings.epochs)}
+    raise ValueError(variant)
 
 
 def train(adatas: dict, study: str, donor: str, how: dict) -> contrast.Fold:
     """Train one fold."""
     settings = replace(contrast.BOOK, epochs=EPOCHS[study], seed=how.get("seed", 0))
     options = {"settings": settings, "side_um": SIDE_UM[study]}
+    if "n_genes" in how:  # a frozen tower is enough to compare panels, and takes seconds
+        settings = replace(settings, epochs=10, augment=0.0)
+        options |= {"tower": "colour", "settings": settings, "n_genes": how["n_genes"]}
+        return contrast.leave_out(adatas, donor, choose=getattr(genes, how["choose"]), **options)
+    if "variant" in how:
+        options = options_of(how["variant"], adatas, donor, options)
+        return contrast.leave_out(adatas, donor, **options)
     if how.get("choose") == "hvg":
         shared = genes.shared_genes(adatas)
         first = next(s for s, a in adatas.items() if str(a.obs["donor"].iloc[0]) != donor)
@@ -106,7 +164,7 @@ def main() -> None:
     """Train what is not in the cache yet, and write what was found after every run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="*", default=["demo", "mob"])
-    parser.add_argument("--questions", nargs="+", default=["main", "panel", "start from captions"])
+    parser.add_argument("--questions", nargs="+", default=QUESTIONS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -119,10 +177,17 @@ def main() -> None:
         for question, donor, how in runs(study, donors):
             if question not in options.questions:
                 continue
+            known = adatas
+            if question == "choice of panel":  # the first donor is neither trained nor tested on
+                known = {
+                    s: a for s, a in adatas.items() if str(a.obs["donor"].iloc[0]) != donors[0]
+                }
+                if sum(str(a.obs["donor"].iloc[0]) != donor for a in known.values()) < 2:
+                    continue  # one slide left: there is no shared panel to choose
             begin = time.perf_counter()
-            fold = train(adatas, study, donor, how)
+            fold = train(known, study, donor, how)
+            found = recalls(fold) if "n_genes" in how else scores(fold, "blocks" in how)
             history = fold.fitted.history
-            seconds = history.loc[history["measure"] == "seconds", "value"].sum()
             rows.append(
                 {
                     "study": study,
@@ -131,12 +196,11 @@ def main() -> None:
                     "held_out": donor,
                     **{"seed": 0, **how},
                     "panel": fold.panel.name,
-                    "side_um": SIDE_UM[study],
+                    "side_um": 300.0 if how.get("variant") == "300 um" else SIDE_UM[study],
                     "epochs": int(history["epoch"].max()),
                     "train": len(fold.train),
                     "test": len(fold.test),
-                    "training_s": round(float(seconds), 1),
-                    **{k: round(v, 4) for k, v in scores(fold, "blocks" in how).items()},
+                    **{k: round(v, 4) for k, v in found.items()},
                 }
             )
             print(round(time.perf_counter() - begin), rows[-1], flush=True)

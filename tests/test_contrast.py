@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -451,7 +452,6 @@ def test_asked_again_it_is_read_back(monkeypatch, caplog):
     assert "is read from" in caplog.text
     names = {file.name for file in first.folder.iterdir()}
     assert names == {"model.safetensors", "history.csv", "settings.json"}
-    fit(model_of(), train, validation, replace(QUICK, micro_batch=5))  # the same result
 
 
 def test_any_change_of_settings_data_or_start_is_another_model():
@@ -478,6 +478,7 @@ def test_any_change_of_settings_data_or_start_is_another_model():
         key(),
         key(settings=replace(QUICK, lr=6e-3)),
         key(settings=replace(QUICK, seed=1)),
+        key(settings=replace(QUICK, micro_batch=3)),  # dropout is drawn part by part
         key(train=Pairs(tiles, train.other, train.spots, PANEL)),
         key(train=Pairs(train.tiles, other, train.spots, PANEL)),
         key(train=Pairs(train.tiles, train.other, train.spots, renamed)),
@@ -490,7 +491,7 @@ def test_any_change_of_settings_data_or_start_is_another_model():
         key(moved),
     ]
     assert len(set(keys)) == len(keys)
-    assert key() == keys[0] == key(settings=replace(QUICK, micro_batch=3))
+    assert key() == keys[0]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -498,7 +499,17 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "STIMAGE_CACHE": str(cache), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as `environment` gives: with other numbers of them sums round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, caplog):
     cache = tmp_path / "killed"
     command = [sys.executable, HERE / "killed.py"]
@@ -591,7 +602,7 @@ def test_two_processes_are_as_one(tmp_path):
     where = environment(tmp_path / "cache of two")
     done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "cache of two").rglob("model.safetensors"))) == 1
+    assert len(list((tmp_path / "cache of two").rglob("model.safetensors"))) == 2  # not 4
     settings = replace(QUICK, batch_size=16, augment=1.0)
     one = fit(model_of(dropout=0.0), *study(), settings, device="cpu", cache=False)
     for micro in (None, 5):

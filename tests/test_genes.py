@@ -88,7 +88,9 @@ def test_a_panel_of_letters_is_refused(bare):
         genes.Panel(**{"name": "p", "genes": ("A",), "method": "", "slides": ("S_A1",), **bare})
 
 
-@pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch])
+@pytest.mark.parametrize(
+    "choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg]
+)
 def test_overlap_panels_name_the_slides_of_the_spots_whatever_the_keys(slides, choose):
     renamed = {"train1": slides["S_A1"], "train2": slides["S_B1"]}
     assert choose(renamed, n=10).slides == ("S_A1", "S_B1")
@@ -98,7 +100,9 @@ def test_a_panel_from_slides_put_together_names_them_all(slides):
     assert genes.hvg(ad.concat([slides["S_A1"], slides["S_B1"]]), 10).slides == ("S_A1", "S_B1")
 
 
-@pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch])
+@pytest.mark.parametrize(
+    "choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg]
+)
 def test_overlap_panels_name_their_slides(slides, choose):
     two = {name: slides[name] for name in ("S_A1", "S_B1")}
     assert choose(two, n=10).slides == ("S_A1", "S_B1")
@@ -272,6 +276,25 @@ def test_batch_aware_selection_is_not_drawn_by_differences_between_slides(slides
     pooled = between & set(genes.overlap_hvg(slides, 25).genes)
     within = between & set(genes.overlap_hvg_batch(slides, 25).genes)
     assert len(within) < len(pooled)
+
+
+def test_shared_hvg_follow_the_layers_and_not_the_slide(slides):
+    found = genes.shared_hvg(slides, 20)
+    layers, slide = {f"G{j}" for j in range(20)}, {f"G{j}" for j in range(20, 25)}
+    assert len(layers & set(found.genes)) >= 14  # 2 would be chance
+    assert not slide & set(found.genes)
+
+
+def test_shared_hvg_are_those_of_most_slides(slides):
+    each = [set(genes.hvg(adata, 30).genes) for adata in slides.values()]
+    times = [sum(gene in some for some in each) for gene in genes.shared_hvg(slides, 30).genes]
+    assert times == sorted(times, reverse=True)
+    assert set.intersection(*each) <= set(genes.shared_hvg(slides, 30).genes)
+
+
+def test_shared_hvg_of_one_slide_are_its_own(slides):
+    one = slides["S_A1"]
+    assert genes.shared_hvg([one], 30).genes == genes.hvg(one, 30).genes
 
 
 def test_overlap_takes_only_genes_that_every_slide_measured(slides):

@@ -142,8 +142,8 @@ def fit(
             raise DataError(
                 f"the memory of {device} does not hold a training step (micro_batch={micro}, "
                 f"batch_size={batch})",
-                fix=f"set micro_batch={max(1, min(micro or batch, batch) // 4)}, which gives the "
-                "same result with less memory; should that not help, lower batch_size, which "
+                fix=f"set micro_batch={max(1, min(micro or batch, batch) // 4)}, which takes "
+                "the same steps with less memory; should that not help, lower batch_size, which "
                 "gives another result",
             ) from error
     epoch = run.keep()
@@ -185,11 +185,10 @@ def _check(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: S
 
 def _key(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Settings) -> str:
     """Return what stands for settings, initial weights and data."""
-    known, state = asdict(settings), {**dict(model.named_buffers()), **model.state_dict()}
-    del known["micro_batch"]  # the same result with less memory
+    state = {**dict(model.named_buffers()), **model.state_dict()}
     return digest(
         version=_VERSION,
-        settings=known,
+        settings=asdict(settings),
         architecture=f"{model!r} {getattr(model.image, 'card', None)}",
         trainable=[name for name, p in model.named_parameters() if p.requires_grad],
         weights=_hash(x for item in state.items() for x in item),
@@ -292,8 +291,8 @@ def leave_out(
     *,
     validation: str | None = None,
     tower: str | nn.Module = "mini",
-    choose: Callable[..., genes.Panel] | genes.Panel = genes.overlap_hvg_batch,
-    n_genes: int = 512,
+    choose: Callable[..., genes.Panel] | genes.Panel = genes.shared_hvg,
+    n_genes: int = 256,
     standardise: bool = True,
     settings: Settings = BOOK,
     side_um: float = 100.0,

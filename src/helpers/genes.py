@@ -276,6 +276,44 @@ def overlap_hvg_batch(
     return _overlap(adatas, n, target_sum, batch=True)
 
 
+def shared_hvg(adatas: Mapping[str, AnnData] | Iterable[AnnData], n: int = 256) -> Panel:
+    """Highly variable genes shared by several slides, by Pearson residuals within each slide.
+
+    The genes that every slide measured are ranked slide by slide as `hvg` ranks them. The `n` that
+    are among the best in most slides are taken, those with the best median rank first where that
+    number is equal (scanpy's ``batch_key``). With one slide it is `hvg`.
+
+    Parameters
+    ----------
+    adatas
+        Slides with raw counts, one or more.
+    n
+        Number of genes.
+
+    Returns
+    -------
+    Panel
+        Best gene first.
+
+    Raises
+    ------
+    DataError
+        When slides share no gene, or fewer than `n` genes with counts.
+    """
+    import scanpy as sc
+
+    slides = _named(adatas, least=1)
+    pooled = _pooled(slides, n)
+    table = sc.experimental.pp.highly_variable_genes(
+        pooled, n_top_genes=n, batch_key="slide", inplace=False
+    )
+    table = table[table["highly_variable"]].sort_values(
+        ["highly_variable_nbatches", "highly_variable_rank"], ascending=[False, True], kind="stable"
+    )
+    method = "Pearson residuals within slides"
+    return Panel(f"shared-hvg-{n}", tuple(table.index), method, _seen(slides))
+
+
 def _overlap(
     adatas: Mapping[str, AnnData] | Iterable[AnnData],
     n: int,
@@ -285,14 +323,7 @@ def _overlap(
     import scanpy as sc
 
     slides = _named(adatas)
-    genes = shared_genes(slides)
-    _enough(n, len(genes), slides)
-    X = sparse.vstack(
-        [raw_counts(a)[:, a.var_names.get_indexer(genes)] for a in slides.values()], "csr"
-    )
-    origin = np.repeat(list(slides), [a.n_obs for a in slides.values()])
-    pooled = _expressed(X, genes, origin)
-    _enough(n, pooled.n_vars, slides)
+    pooled = _pooled(slides, n)
     sc.pp.normalize_total(pooled, target_sum=target_sum)
     sc.pp.log1p(pooled)
     table = sc.pp.highly_variable_genes(
@@ -307,6 +338,18 @@ def _overlap(
     return Panel(f"overlap-hvg-{n}", chosen, "dispersion over all spots pooled", seen)
 
 
+def _pooled(slides: Mapping[str, AnnData], n: int) -> AnnData:
+    """All spots of the slides by the genes they share, raw counts, at least `n` of them seen."""
+    genes = shared_genes(slides)
+    _enough(n, len(genes), slides)
+    X = sparse.vstack(
+        [raw_counts(a)[:, a.var_names.get_indexer(genes)] for a in slides.values()], "csr"
+    )
+    pooled = _expressed(X, genes, np.repeat(list(slides), [a.n_obs for a in slides.values()]))
+    _enough(n, pooled.n_vars, slides)
+    return pooled
+
+
 def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
     """Genes that all slides measured, in the order of the first slide.
 
@@ -315,7 +358,7 @@ def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
     DataError
         When there is none.
     """
-    slides = _named(adatas)
+    slides = _named(adatas, least=1)
     first, *others = slides.values()
     genes = first.var_names
     for other in others:
@@ -430,8 +473,10 @@ def _unique_symbols(adata: AnnData) -> None:
         raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
-def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> dict[str, AnnData]:
-    """Slides by name, at least two."""
+def _named(
+    adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2
+) -> dict[str, AnnData]:
+    """Slides by name, not fewer than `least`."""
     if isinstance(adatas, Mapping):
         slides = dict(adatas)
     else:
@@ -440,7 +485,7 @@ def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> dict[str, AnnDa
         if len(slides) < len(given) or "unnamed" in slides:
             fix = "fill obs['slide'], or pass a dict of slides by name"
             raise DataError("slides without a name of their own", fix=fix)
-    if len(slides) < 2:
+    if len(slides) < least:
         raise DataError(f"{len(slides)} slides given where several are compared")
     return slides
 

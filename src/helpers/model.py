@@ -31,7 +31,8 @@ class Settings:
     epochs, batch_size
         Passes over the pairs, and pairs per step; each pair has the others as negatives.
     micro_batch
-        Tiles in memory at once (gradient caching); None: the whole batch. Never changes the result.
+        Tiles in memory at once (gradient caching); None: the whole batch. The loss and its gradient
+        stay the same; only dropout in the image tower is drawn part by part.
     same_slide
         Make every batch of one slide, so that knowing the slide does not help.
     optimiser, lr, betas, eps, weight_decay
