@@ -31,9 +31,7 @@ PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "numpy")
 SIDE_UM = {"demo": 100.0, "mob": 200.0}
 EPOCHS = {"demo": contrast.BOOK.epochs, "mob": 2 * contrast.BOOK.epochs}
 """Twice as many for two thirds of the spots; fixed with animal A, before the others were seen."""
-QUESTIONS = ("main", "panel", "start from captions", "choice of panel", "effort")
-EFFORT = ("128 genes", "300 um", "no augmentation", "twice as long", "ResNet", "from captions")
-"""What might make the tower see more in mob; tried with the second donor held out."""
+QUESTIONS = ("main", "panel", "start from captions", "choice of panel")
 PANELS = (
     ("overlap_hvg", 100),
     ("overlap_hvg_batch", 128),
@@ -104,34 +102,6 @@ def runs(study: str, donors: list[str]) -> Iterator[tuple[str, str, dict]]:
         for donor in donors[1:]:
             for seed in (0, 1):
                 yield "choice of panel", donor, {"choose": name, "n_genes": n, "seed": seed}
-    if study == "mob":
-        for variant in EFFORT:
-            yield "effort", donors[1], {"variant": variant}
-
-
-def resnet(seed: int) -> towers.ImageTower:
-    """Return a small ResNet with random weights, for tiles of 96 px."""
-    tower = towers.load("resnet10t", seed=seed, pretrained=False)
-    return towers.ImageTower(replace(tower.card, size_px=96), tower.trunk)
-
-
-def options_of(variant: str, adatas: dict, donor: str, options: dict) -> dict:
-    """Change one thing of a run."""
-    settings, side = options["settings"], options["side_um"]
-    if variant == "300 um":
-        return options | {"side_um": 300.0}
-    if variant == "128 genes":
-        return options | {"n_genes": 128}
-    if variant == "ResNet":
-        return options | {"tower": resnet(settings.seed)}
-    if variant == "from captions":
-        start = captions.leave_out(adatas, donor, side_um=side).fitted.model.image
-        return options | {"tower": start}
-    if variant == "no augmentation":
-        return options | {"settings": replace(settings, augment=0.0)}
-    if variant == "twice as long":
-        return options | {"settings": replace(settings, epochs=2 * settings.epochs)}
-    raise ValueError(variant)
 
 
 def train(adatas: dict, study: str, donor: str, how: dict) -> contrast.Fold:
@@ -142,9 +112,6 @@ def train(adatas: dict, study: str, donor: str, how: dict) -> contrast.Fold:
         settings = replace(settings, epochs=10, augment=0.0)
         options |= {"tower": "colour", "settings": settings, "n_genes": how["n_genes"]}
         return contrast.leave_out(adatas, donor, choose=getattr(genes, how["choose"]), **options)
-    if "variant" in how:
-        options = options_of(how["variant"], adatas, donor, options)
-        return contrast.leave_out(adatas, donor, **options)
     if how.get("choose") == "hvg":
         shared = genes.shared_genes(adatas)
         first = next(s for s, a in adatas.items() if str(a.obs["donor"].iloc[0]) != donor)
@@ -196,7 +163,7 @@ def main() -> None:
                     "held_out": donor,
                     **{"seed": 0, **how},
                     "panel": fold.panel.name,
-                    "side_um": 300.0 if how.get("variant") == "300 um" else SIDE_UM[study],
+                    "side_um": SIDE_UM[study],
                     "epochs": int(history["epoch"].max()),
                     "train": len(fold.train),
                     "test": len(fold.test),

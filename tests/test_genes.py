@@ -88,9 +88,7 @@ def test_a_panel_of_letters_is_refused(bare):
         genes.Panel(**{"name": "p", "genes": ("A",), "method": "", "slides": ("S_A1",), **bare})
 
 
-@pytest.mark.parametrize(
-    "choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg]
-)
+@pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg])
 def test_overlap_panels_name_the_slides_of_the_spots_whatever_the_keys(slides, choose):
     renamed = {"train1": slides["S_A1"], "train2": slides["S_B1"]}
     assert choose(renamed, n=10).slides == ("S_A1", "S_B1")
@@ -100,9 +98,7 @@ def test_a_panel_from_slides_put_together_names_them_all(slides):
     assert genes.hvg(ad.concat([slides["S_A1"], slides["S_B1"]]), 10).slides == ("S_A1", "S_B1")
 
 
-@pytest.mark.parametrize(
-    "choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg]
-)
+@pytest.mark.parametrize("choose", [genes.overlap_hvg, genes.overlap_hvg_batch, genes.shared_hvg])
 def test_overlap_panels_name_their_slides(slides, choose):
     two = {name: slides[name] for name in ("S_A1", "S_B1")}
     assert choose(two, n=10).slides == ("S_A1", "S_B1")

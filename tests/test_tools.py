@@ -150,6 +150,50 @@ def test_some_chapters_alone(folder: Path, tmp_path: Path) -> None:
     assert not record["complete"]
 
 
+@pytest.mark.parametrize("changed", ["nothing", "chapter", "helpers", "data", "study"])
+def test_a_chapter_runs_again_when_something_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    runs, root = [], tmp_path / "root"
+
+    def execute(path: Path, out: Path, *_: object) -> run_notebooks.Run:
+        runs.append(path.stem)
+        shutil.copyfile(path, out / path.name)
+        return run_notebooks.Run(1.0, 1.0, run_notebooks.digest(path))
+
+    def book(study: str) -> dict[str, Any]:
+        out, keep = tmp_path / "out", tmp_path / "kept"
+        return run_notebooks.run(folder, out, study, ["01"], 60, keep)
+
+    root.mkdir()
+    (root / "slide.csv").write_text("1")
+    monkeypatch.setenv("STIMAGE_ROOT", str(root))
+    monkeypatch.setattr(run_notebooks, "execute", execute)
+    first = book("mob")
+    if changed == "chapter":
+        change(folder / "01_small.ipynb", "setup", "a = 2")
+    if changed == "helpers":
+        monkeypatch.setattr(run_notebooks, "helpers_digest", lambda: "other")
+    if changed == "data":
+        (root / "slide.csv").write_text("12")
+    second = book("her2st" if changed == "study" else "mob")
+    assert len(runs) == (1 if changed == "nothing" else 2)
+    assert changed != "nothing" or second == first
+    assert (tmp_path / "out" / "01_small.ipynb").exists()
+
+
+def test_a_chapter_that_failed_is_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> run_notebooks.Run:
+        raise run_notebooks.NotebookError("cell 3")
+
+    monkeypatch.setattr(run_notebooks, "execute", fails)
+    with pytest.raises(run_notebooks.NotebookError):
+        run_notebooks.run(folder, tmp_path / "out", "demo", ["01"], 60, tmp_path / "kept")
+    assert not list(tmp_path.glob("kept/*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["09"], "No notebook is called 09"), (["--study", "nope"], "nope")],

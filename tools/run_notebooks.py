@@ -2,6 +2,9 @@
 
 The folder also gets ``run.json``: what ran, from which sources, how long and with how much memory.
 ``tools/build_book.py`` builds pages only from such a record, and only while it still fits.
+
+A chapter that ran is kept in _build/chapters and taken from there while nothing has changed that it
+depends on, so that a book which stopped at chapter 7 goes on at chapter 7; ``--fresh`` runs all.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -25,6 +29,7 @@ import notebooks as nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "notebooks"
+KEPT = ROOT / "_build" / "chapters"
 RECORD = "run.json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -81,6 +86,19 @@ def helpers_digest() -> str:
     code = (p for p in (ROOT / "src" / "helpers").rglob("*") if p.suffix in (".py", ".json"))
     for path in sorted(code):
         total.update(f"{path.name} {digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def surroundings(study: str) -> str:
+    """Return one SHA-256 over all that chapters share: helpers, packages, results and data."""
+    packages = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
+    total = hashlib.sha256(f"{sys.version} {study} {helpers_digest()} {packages}".encode())
+    for path in sorted((ROOT / "results").glob("*.json")):
+        total.update(f"{path.name} {digest(path)}\n".encode())
+    root = os.environ.get("STIMAGE_ROOT")  # without one, data come from helpers or a pinned hub
+    for path in sorted(Path(root).rglob("*")) if root and study != "demo" else ():
+        stat = path.stat()
+        total.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return total.hexdigest()
 
 
@@ -191,6 +209,26 @@ def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
     return Run(round(time.perf_counter() - start, 1), round(peak), digest(path))
 
 
+def kept_or_executed(
+    path: Path, out: Path, study: str, timeout: int, keep: Path | None, shared: str
+) -> tuple[Run, bool]:
+    """Execute a chapter, or copy it from where it is kept; say which, True for kept."""
+    if keep is None:
+        return execute(path, out, study, timeout), False
+    key = hashlib.sha256(f"{digest(path)} {shared}".encode()).hexdigest()[:16]
+    folder = keep / f"{path.stem}-{key}"
+    if folder.exists():
+        shutil.copyfile(folder / path.name, out / path.name)
+        return Run(**json.loads((folder / RECORD).read_text())), True
+    done = execute(path, out, study, timeout)
+    keep.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=keep))  # renamed when complete
+    shutil.copyfile(out / path.name, fresh / path.name)
+    (fresh / RECORD).write_text(json.dumps(asdict(done)))
+    fresh.rename(folder)
+    return done, False
+
+
 def kernel_settings() -> dict[str, Any]:
     """Return how kernels start: talking over files instead of open ports, where that works.
 
@@ -204,7 +242,12 @@ def kernel_settings() -> dict[str, Any]:
 
 
 def run(
-    folder: Path, out: Path, study: str, names: list[str] | None, timeout: int
+    folder: Path,
+    out: Path,
+    study: str,
+    names: list[str] | None,
+    timeout: int,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Execute the chapters in order, replace ``out`` by the result, and return the record.
 
@@ -212,6 +255,7 @@ def run(
     """
     todo, runs = chapters(folder, names), {}
     width = max(len(p.stem) for p in todo)
+    shared = surroundings(study) if keep else ""
     record = {"study": study, "helpers": helpers_digest(), "complete": todo == chapters(folder)}
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
@@ -219,11 +263,13 @@ def run(
         for path in todo:
             print(f"  {path.stem:{width}}  ", end="", flush=True)
             try:
-                runs[path.stem] = done = execute(path, fresh, study, timeout)
+                done, old = kept_or_executed(path, fresh, study, timeout, keep, shared)
+                runs[path.stem] = done
             except BaseException:
                 print("FAILED", flush=True)
                 raise
-            print(f"ok  {done.seconds:6.1f} s  peak {done.peak_mb / 1e3:.2f} GB", flush=True)
+            note = "  (ran before, nothing has changed)" if old else ""
+            print(f"ok  {done.seconds:6.1f} s  peak {done.peak_mb / 1e3:.2f} GB{note}", flush=True)
         record["chapters"] = {name: asdict(r) for name, r in runs.items()}
         (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
@@ -268,7 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", type=Path, default=SOURCES, help="where the chapters are")
     parser.add_argument("--out", type=Path, help="default: _build/<study>/notebooks")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that one cell may take")
+    parser.add_argument("--fresh", action="store_true", help="run even what has not changed")
     options = parser.parse_args(argv)
+    keep = KEPT if options.notebooks == SOURCES and not options.fresh else None
     out = options.out or ROOT / "_build" / options.study / "notebooks"
     absolute_paths()
     if not sys.stderr.isatty():
@@ -277,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     kernel_environment()
     start = time.perf_counter()
     try:
-        record = run(options.notebooks, out, options.study, options.names, options.timeout)
+        record = run(options.notebooks, out, options.study, options.names, options.timeout, keep)
     except NotebookError as error:
         print(
             f"\n{error}\n\nThe pages of the last good run, if there are any, are untouched.",
