@@ -473,9 +473,7 @@ def _unique_symbols(adata: AnnData) -> None:
         raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
-def _named(
-    adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2
-) -> dict[str, AnnData]:
+def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2) -> dict[str, AnnData]:
     """Slides by name, not fewer than `least`."""
     if isinstance(adatas, Mapping):
         slides = dict(adatas)
