@@ -98,3 +98,28 @@ def tiny(tmp_path) -> Tiny:
     labels.iloc[3] = "undetermined"
     labels.iloc[:-2].to_csv(made.annotation)
     return made
+
+
+@pytest.fixture
+def sections(tmp_path) -> dict:
+    """Three donors, one with two adjacent sections; each slide has a picture of its own."""
+    from anndata import AnnData
+    from scipy import sparse
+
+    from helpers import genes, slides
+
+    rng, adatas = np.random.default_rng(0), {}
+    grid = np.array([(40.0 + 40 * x, 50.0 + 40 * y) for y in range(6) for x in range(5)])
+    donors = {"X1": "X", "X2": "X", "Y1": "Y", "Z1": "Z"}
+    for name, donor in donors.items():
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(rng.integers(60, 220, (300, 240, 3), np.uint8)).save(path)
+        symbols = [f"G{i}" for i in range(25)][: 25 if donor != "Z" else 20]
+        counts = rng.negative_binomial(2, 0.1, (30, len(symbols))).astype(np.float32)
+        obs = pd.DataFrame(index=[f"{name}_{i}" for i in range(30)])
+        obs["slide"], obs["donor"], obs["group"] = name, donor, donor
+        adata = AnnData(sparse.csr_matrix(counts), obs, pd.DataFrame(index=symbols))
+        adata.obsm["spatial"] = grid
+        slides.attach_image(adata, name, path, "ST", radius_px=10.0, image=False)
+        adatas[name] = genes.normalise(adata)
+    return adatas

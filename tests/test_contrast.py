@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from scipy import sparse
 from torch import nn
 
 from helpers import contrast, genes, slides, training
@@ -700,26 +699,6 @@ def test_other_errors_of_torch_stay_what_they_are():
 
 
 # --------------------------------------------------------------------------- one fold
-
-
-@pytest.fixture
-def sections(tmp_path) -> dict[str, ad.AnnData]:
-    """Three donors, one with two adjacent sections; each slide has a picture of its own."""
-    rng, adatas = np.random.default_rng(0), {}
-    grid = np.array([(40.0 + 40 * x, 50.0 + 40 * y) for y in range(6) for x in range(5)])
-    donors = {"X1": "X", "X2": "X", "Y1": "Y", "Z1": "Z"}
-    for name, donor in donors.items():
-        path = tmp_path / f"{name}.png"
-        Image.fromarray(rng.integers(60, 220, (300, 240, 3), np.uint8)).save(path)
-        symbols = [f"G{i}" for i in range(25)][: 25 if donor != "Z" else 20]
-        counts = rng.negative_binomial(2, 0.1, (30, len(symbols))).astype(np.float32)
-        obs = pd.DataFrame(index=[f"{name}_{i}" for i in range(30)])
-        obs["slide"], obs["donor"], obs["group"] = name, donor, donor
-        adata = ad.AnnData(sparse.csr_matrix(counts), obs, pd.DataFrame(index=symbols))
-        adata.obsm["spatial"] = grid
-        slides.attach_image(adata, name, path, "ST", radius_px=10.0, image=False)
-        adatas[name] = genes.normalise(adata)
-    return adatas
 
 
 def left_out(adatas: dict[str, ad.AnnData], donor: str, **more: object) -> contrast.Fold:
