@@ -6,7 +6,7 @@ GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint benchmarks pins clean
+.PHONY: help book test lab check lint benchmarks results pins clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -28,6 +28,9 @@ lint: .venv/installed  ## format and lint
 
 benchmarks: .venv/installed  ## measure the data layer again, into results/
 	@$(RUN) benchmarks/data.py
+
+results: .venv/installed  ## measure every split and tower again, into results/ (STUDY=mob make results)
+	@$(RUN) benchmarks/ladder.py $(STUDY)
 
 pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
 	@sh tools/pins.sh

@@ -47,7 +47,6 @@ def test_more_clusters_than_different_spots_are_refused():
 
 
 def test_leiden_finds_clouds_and_repeats_itself():
-    pytest.importorskip("igraph")
     x, code = blobs()
     found = leiden(x, resolution=0.3)
     assert ari(code, found) > 0.9
@@ -57,7 +56,6 @@ def test_leiden_finds_clouds_and_repeats_itself():
 
 def test_tissue_keeps_neighbours_together():
     """Noisy features, smooth layers: with the tissue's graph the layers come out, else not."""
-    pytest.importorskip("igraph")
     table = spots(slides={"A1": ("A", "A"), "B1": ("B", "B")})
     x = telling(table, noise=0.6)
     alone = spatial_leiden(x, table, weight=0, n_spatial=4)

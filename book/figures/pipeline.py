@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COMING = "#later-parts"
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,6 @@ class Stage:
     what: tuple[str, str]
     where: str
     link: str  # relative to the folder book/
-
-    @property
-    def coming(self) -> bool:
-        """True while no chapter teaches this stage."""
-        return self.where == "coming"
 
 
 STAGES = (
@@ -39,17 +33,15 @@ STAGES = (
         "chapters 5, 7",
         "../notebooks/05_contrastive.html",
     ),
-    Stage("evaluate", ("what it", "is worth"), "coming", "welcome.html" + COMING),
+    Stage("evaluate", ("what it", "is worth"), "chapters 8-11", "../notebooks/08_probing.html"),
 )
 
 # A page may set the variables (custom.css does, for dark and light); alone, the file is light.
 STYLE = """
 .pl-card{fill:var(--pl-card,#fff);stroke:var(--pl-line,#8579b8);stroke-width:1.4}
-.pl-soon .pl-card{stroke-dasharray:5 4;stroke:var(--pl-muted,#5f6472)}
 .pl-name{font:600 14px system-ui,sans-serif;fill:var(--pl-text,#1d2130)}
 .pl-what{font:12px system-ui,sans-serif;fill:var(--pl-text,#1d2130)}
 .pl-where{font:600 11.5px system-ui,sans-serif;fill:var(--pl-a,#4b3f8f)}
-.pl-soon .pl-where{fill:var(--pl-muted,#5f6472);font-weight:400;font-style:italic}
 .pl-a{fill:var(--pl-a,#4b3f8f)}.pl-b{fill:var(--pl-b,#c2527f)}.pl-c{fill:var(--pl-c,#1b7f79)}
 .pl-d{fill:var(--pl-d,#e7e2f3)}
 .pl-arrow{fill:none;stroke:var(--pl-muted,#5f6472);stroke-width:1.6}
@@ -115,9 +107,8 @@ def icon(name: str) -> str:
 
 def link(stage: Stage, body: str) -> str:
     """Wrap the drawing of a stage in its link."""
-    soon = " pl-soon" if stage.coming else ""
     label = f"{stage.name}: {' '.join(stage.what)} ({stage.where})"
-    return f'<a class="pl-stage{soon}" href="{stage.link}" aria-label="{label}">{body}</a>'
+    return f'<a class="pl-stage" href="{stage.link}" aria-label="{label}">{body}</a>'
 
 
 def text(x: float, y: float, kind: str, words: str, anchor: str = "middle") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ def leiden(
 ) -> np.ndarray:
     """Return a number per row, by Leiden on scanpy's graph of nearest neighbours.
 
-    The graph has Gaussian weights, as wide as a row's neighbourhood. Needs the package igraph.
+    The graph has Gaussian weights, as wide as a row's neighbourhood.
 
     Parameters
     ----------
@@ -148,8 +147,6 @@ def _communities(graph: sparse.csr_matrix, resolution: float, seed: int) -> np.n
     import scanpy as sc
     from anndata import AnnData
 
-    if importlib.util.find_spec("igraph") is None:
-        raise DataError("Leiden needs the package igraph", fix="pip install igraph")
     adata = AnnData(obs=pd.DataFrame(index=[str(i) for i in range(graph.shape[0])]))
     how = {"flavor": "igraph", "n_iterations": 2, "directed": False, "random_state": seed}
     sc.tl.leiden(adata, resolution, adjacency=graph, **how)
