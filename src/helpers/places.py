@@ -86,7 +86,8 @@ def _scale(value: float | AnnData, slide: str) -> float:
 def _observations(adata: AnnData) -> pd.DataFrame:
     table = adata.obs.copy()
     table[["x_px", "y_px"]] = adata.obsm["spatial"]
-    return table if "label" in table else table.assign(label=None)
+    label = table["label"].astype(object) if "label" in table else None  # a slide may have none
+    return table.assign(label=label)
 
 
 def _check(table: pd.DataFrame) -> None:
