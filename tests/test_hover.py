@@ -124,19 +124,19 @@ def test_a_figure_that_cannot_be_seen_is_named():
 
 
 def test_a_large_map_stays_within_the_limit_by_smaller_tiles():
-    n = 3000
+    n = 1500
     page = made(n, tiles=tissue(n, 48))
     assert len(page) <= hover.LIMIT
-    assert sheet_of(page).size[0] == 55 * 32  # 48 px did not fit
+    assert sheet_of(page).size == (39 * 48, 39 * 48)
     assert len(data_of(page)["xy"]) == n
-    tight = made(30, limit=30_000)
-    assert len(tight) <= 30_000
-    assert len(made(30)) > 30_000
+    tight = made(n, tiles=tissue(n, 48), limit=500_000)
+    assert len(tight) <= 500_000
+    assert sheet_of(tight).size == (39 * 32, 39 * 32)
 
 
 def test_what_cannot_be_made_small_enough_is_refused():
     with pytest.raises(DataError, match=r"30 points .* fewer points"):
-        made(30, limit=10_000)
+        made(30, limit=7_000)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def drawn(tab) -> np.ndarray:
     """The page once the frame in it is drawn, which the page does not wait for."""
     for _ in range(50):
         image = picture(tab)
-        if all(close_to(image[:480], c).any() for c in POINTS):
+        if all(close_to(image[:545], c).any() for c in POINTS):
             return image
         tab.run("new Promise(done => setTimeout(done, 200))")
     raise AssertionError("no point is drawn")
@@ -252,7 +252,7 @@ def test_the_right_tile_appears_under_the_pointer(tab, page, width, theme):
     assert [int(close_to(before, c).sum()) for c in TILES] == [0, 0, 0]
     act = tap if width < 600 else mouse
     for i in (1, 0, 2):
-        y, x = np.argwhere(close_to(before[:480], POINTS[i]))[0] + [2, 0]  # below: the legend
+        y, x = np.argwhere(close_to(before[:545], POINTS[i]))[0] + [2, 0]  # below: the legend
         act(tab, float(x), float(y))
         after = picture(tab)
         shown = [int(close_to(after, c).sum()) for c in TILES]
