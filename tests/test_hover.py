@@ -12,6 +12,7 @@ import pytest
 from browser import browser, executable
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
+from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 
 from helpers import hover
@@ -167,11 +168,14 @@ def test_bad_input_is_named(options, message):
 def test_along_draws_the_tile_nearest_the_middle_of_each_square():
     xy = np.array([[0.0, 0.0], [2.4, 2.6], [10.0, 10.0], [9.9, 0.1]])
     tiles = plain(["red", "lime", "blue", "yellow"], 8)
-    ax = hover.along(xy, tiles, ["C0", "C1", "C2", "C3"], across=2)
+    ax = hover.along(xy, tiles, ["C0", "C1", "C2", "C3"], side_um=50, across=2)
     drawn = {tuple(im.get_extent()): im.get_array()[0, 0].tolist() for im in ax.images}
     assert len(drawn) == len(ax.patches) == 3  # the first two points share a square
     first = next(v for (x0, _, y0, _), v in drawn.items() if x0 < 5 and y0 < 5)
     assert first == [0, 255, 0]  # the one nearer to (2.5, 2.5)
+    (bar,) = [a for a in ax.get_children() if isinstance(a, ScaleBar)]
+    left, right, *_ = ax.images[0].get_extent()
+    assert bar.dx * (right - left) == pytest.approx(bar.fixed_value) == 50  # a tile is 50 um wide
     assert ax.get_xlim()[0] < 0 < 10 < ax.get_xlim()[1]
     plt.close("all")
 

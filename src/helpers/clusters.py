@@ -261,7 +261,7 @@ def paired(
     gap = (table["first"] - table["second"]).to_numpy(float).round(12)  # ties are ties
     n = int((gap != 0).sum())
     method = stats.PermutationMethod(n_resamples=2**13) if n <= 13 else "auto"
-    p = float(stats.wilcoxon(gap[gap != 0], method=method).pvalue) if n else 1.0
+    p = float(stats.wilcoxon(gap[gap != 0], method=method).pvalue) if n > 1 else 1.0
     least = min(1.0, 2 / 2**n)
     row = {"n": len(table), "median": float(np.median(gap)), "p": p, "smallest_p": least}
     return pd.DataFrame([row | {"can_reach_05": least < 0.05}])

@@ -96,6 +96,7 @@ def along(
     tiles: np.ndarray,
     colours: Sequence | None = None,
     *,
+    side_um: float | None = None,
     across: int = 16,
     ax: Axes | None = None,
 ) -> Axes:
@@ -105,6 +106,8 @@ def along(
     ----------
     xy, tiles, colours
         As for `scatter`; with `colours`, every tile has a frame in the colour of its point.
+    side_um
+        Side of a tile in um, for a scale bar as long as a tile is wide.
     across
         Squares along the longer side of the map.
     ax
@@ -112,6 +115,8 @@ def along(
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
+
+    from helpers.plots import scale_bar
 
     xy, tiles = _checked(xy, tiles)
     if colours is not None:
@@ -128,13 +133,13 @@ def along(
         if colours is not None:
             edge = {"fill": False, "edgecolor": colours[i], "linewidth": 2}
             ax.add_patch(Rectangle((x - r, y - r), 2 * r, 2 * r, **edge))
-    ax.set(xticks=[], yticks=[], aspect="equal")
-    for which, (start, stop) in zip(
-        "xy", zip(middle.min(0), middle.max(0), strict=True), strict=True
-    ):
-        getattr(ax, f"set_{which}lim")(start - 0.6 * side, stop + 0.6 * side)
+    (left, bottom), (right, top) = middle.min(axis=0) - 0.6 * side, middle.max(axis=0) + 0.6 * side
+    ax.set(xticks=[], yticks=[], aspect="equal", xlim=(left, right), ylim=(bottom, top))
     for edge in ax.spines.values():
         edge.set_visible(False)
+    if side_um:
+        whole = int(side_um) if float(side_um).is_integer() else side_um
+        scale_bar(ax, side_um / (0.84 * side), length_um=whole)
     return ax
 
 
