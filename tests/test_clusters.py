@@ -168,3 +168,8 @@ def test_ties_and_zeros_are_counted_exactly():
     row = paired({"a": 1, "b": 1, "c": -1, "d": 0}, dict.fromkeys("abcd", 0)).iloc[0]
     assert (row["n"], row["p"], row["smallest_p"]) == (4, 1.0, 0.25)
     assert paired({"a": 1}, {"a": 1})["p"][0] == 1
+
+
+def test_a_single_pair_proves_nothing():
+    row = paired({"a": 1.0}, {"a": 0.0}).iloc[0]
+    assert (row["n"], row["p"], row["can_reach_05"]) == (1, 1.0, False)
