@@ -14,9 +14,8 @@ help:  ## list the targets
 book: .venv/installed  ## run every notebook, build the pages (STUDY=mob make book: on real slides)
 	@$(RUN) tools/run_notebooks.py && $(RUN) tools/build_book.py
 
-# Chapters and pages are tested by one process (group "book"), all the rest meanwhile by another.
 test: .venv/installed  ## test the helpers, the notebooks and the pages
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+	@$(RUN) -m pytest
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks

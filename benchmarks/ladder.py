@@ -169,6 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.studies:
         study = Study(name)
+        os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # in each process
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             for done in pool.map(train_one, *zip(*to_train(study), strict=True)):
                 print("fitted:", done, flush=True)

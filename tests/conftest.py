@@ -16,12 +16,6 @@ BESIDE = ROOT.parent / "shared" / "data" / "STimage-1K4M"
 REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests clear it
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the chapters where two processes share the work: they take longest."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 @pytest.fixture(scope="session")
 def real_root() -> Path:
     """A folder with real slides: ``STIMAGE_ROOT``, else the copy beside the checkout."""

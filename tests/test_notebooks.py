@@ -17,8 +17,6 @@ import anatomy
 import notebooks as nbs
 import outputs as outputs_of
 
-pytestmark = pytest.mark.xdist_group("book")  # one process runs the chapters for all
-
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [p.stem for p in PATHS]

@@ -24,8 +24,6 @@ from browser import Browser, browser, executable
 import build_book
 import dataset_page
 
-pytestmark = pytest.mark.xdist_group("book")  # one process runs the chapters for all
-
 ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))

@@ -133,6 +133,8 @@ def kernel_environment() -> None:
     os.environ.pop("MPLBACKEND", None)  # figures go to the page, whatever the shell prefers
     # Threads that spin for long while they wait slow training down 8 times on a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if "OMP_NUM_THREADS" in os.environ:  # numba's number of threads becomes that of torch, too
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     os.environ |= {
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one in the home folder
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -225,7 +227,12 @@ def kept_or_executed(
     fresh = Path(tempfile.mkdtemp(dir=keep))  # renamed when complete
     shutil.copyfile(out / path.name, fresh / path.name)
     (fresh / RECORD).write_text(json.dumps(asdict(done)))
-    fresh.rename(folder)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(fresh)  # another run was quicker
     return done, False
 
 
