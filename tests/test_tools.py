@@ -182,6 +182,25 @@ def test_a_chapter_runs_again_when_something_has_changed(
     assert (tmp_path / "out" / "01_small.ipynb").exists()
 
 
+def test_a_chapter_that_two_runs_keep_at_once_is_kept_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = tmp_path / "kept"
+
+    def execute(path: Path, out: Path, *_: object) -> run_notebooks.Run:
+        shutil.copyfile(path, out / path.name)
+        done = run_notebooks.Run(1.0, 1.0, run_notebooks.digest(path))
+        if not keep.exists():  # while the first run executes, a second one starts and ends
+            keep.mkdir()
+            run_notebooks.run(folder, tmp_path / "second", "demo", ["01"], 60, keep)
+        return done
+
+    monkeypatch.setattr(run_notebooks, "execute", execute)
+    run_notebooks.run(folder, tmp_path / "first", "demo", ["01"], 60, keep)
+    assert [path.name.split("-")[0] for path in keep.iterdir()] == ["01_small"]
+    assert all((tmp_path / out / "01_small.ipynb").exists() for out in ("first", "second"))
+
+
 def test_a_chapter_that_failed_is_not_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
