@@ -305,10 +305,10 @@ def _restain(pixels: Tensor, change: Tensor) -> Tensor:
     mix = torch.as_tensor(rgb_from_hed, dtype=pixels.dtype, device=pixels.device)
     amount = torch.diag_embed(1 + 0.2 * change[:, :3])
     colour = mix * (1 + 0.05 * change[:, 3:12].view(-1, 3, 3))
-    density = pixels.clamp_min(1 / 255).log().neg().flatten(2)  # (n, 3, h * h)
-    density = (split @ amount @ colour).transpose(1, 2) @ density
-    density = density + 0.05 * change[:, 12].view(-1, 1, 1)
-    return density.neg().exp().clamp(0, 1).view_as(pixels)
+    light = pixels.clamp_min(1 / 255).log_().flatten(2)  # (n, 3, h * h), minus the density
+    mixed = (split @ amount @ colour).transpose(1, 2).contiguous()  # as a view it is 25x slower
+    light = torch.baddbmm(-0.05 * change[:, 12].view(-1, 1, 1), mixed, light)
+    return light.exp_().clamp_(0, 1).view_as(pixels)
 
 
 def _enlarge(pixels: Tensor, side: Tensor, place: Tensor) -> Tensor:
