@@ -93,7 +93,7 @@ def spatial_leiden(
     x, resolution, n_neighbors, seed
         As for `leiden`.
     spots
-        What `helpers.splits.describe` takes, in the row order of `x`.
+        What `helpers.places.describe` takes, in the row order of `x`.
     weight
         Of the tissue: 0 is `leiden`, 1 looks at no feature.
     n_spatial
@@ -208,7 +208,7 @@ def separation(x: np.ndarray, spots: Spots, *, dim: int = 32, seed: int = 0) -> 
         Embedding ``(n, d)`` in the row order of the spots; brought to `dim` dimensions and length 1
         by `same_footing`, over all slides at once.
     spots
-        What `helpers.splits.describe` takes. Unlabelled spots are left out, and so are slides where
+        What `helpers.places.describe` takes. Unlabelled spots are left out, and so are slides where
         fewer than two classes, or as many as spots, are labelled.
     dim, seed
         Of `same_footing`; the same for every embedding that is compared.

@@ -59,7 +59,7 @@ def predict(
     -------
     DataFrame
         One row per prediction: `slide`, `spot`, `donor`, `group`, `study` where known, `block` (a
-        piece of tissue, see `helpers.splits.blocks`), `fold`, `truth`, `predicted`, `confidence`
+        piece of tissue, see `helpers.places.blocks`), `fold`, `truth`, `predicted`, `confidence`
         (the probability of what is predicted) and `setting` (what the fold's predictor chose).
 
     Raises
@@ -177,7 +177,7 @@ def paper(
     features
         ``(n, d)`` in the row order of the spots.
     spots
-        What `helpers.splits.describe` takes.
+        What `helpers.places.describe` takes.
     path
         `sgd_path`, theirs, on features as they are; or `lbfgs_path`, faster, on standardised ones.
     seeds
@@ -249,7 +249,7 @@ def coordinates(spots: Spots, degree: int = 1) -> np.ndarray:
     Parameters
     ----------
     spots
-        What `helpers.splits.describe` takes.
+        What `helpers.places.describe` takes.
     degree
         Of the polynomial in x and y; a linear probe on degree 3 draws smooth maps.
 

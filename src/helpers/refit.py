@@ -60,26 +60,38 @@ def fit_fold(
     DataError
         When a spot of the fold is on none of the slides, or training would see a tested spot.
     """
-    if both := set(fold.train) & set(fold.test):
-        what = f"fold {fold.name!r} trains on {len(both)} spots that it tests"
-        raise DataError(what, fix="take a split of helpers.splits")
-    trained = spots.iloc[fold.train]
-    parts = {}
-    for slide, rows in trained.groupby("slide", sort=False):
-        if slide not in adatas or not rows.index.isin(adatas[slide].obs_names).all():
-            fix = "give the slides whose spots were split, with no spot left out"
-            raise DataError("a spot of the fold is not among its spots", slide=slide, fix=fix)
-        there = adatas[slide].obs_names.isin(rows.index)
-        parts[slide] = adatas[slide][there]
-    parts = {slide: parts[slide] for slide in adatas if slide in parts}
-    shared = genes.shared_genes(adatas)
-    panel = choose({slide: part[:, shared] for slide, part in parts.items()}, n_genes)
+    parts, panel = training_panel(adatas, spots, fold, choose=choose, n_genes=n_genes)
     cut = tiles.cut_study(adatas, side_um=side_um, size=size, cache=cache)
     pairs = contrast.pair(parts, cut, panel, standardise=True)
     image = towers.load(tower, seed=settings.seed) if isinstance(tower, str) else tower
     other = towers.GeneTower(panel.genes, settings.encoder, width=settings.dim, seed=settings.seed)
     model = contrast.TwoTowers(image, other, settings)
     return contrast.fit(model, pairs, None, settings, device=device, cache=cache)
+
+
+def training_panel(
+    adatas: Mapping[str, AnnData],
+    spots: pd.DataFrame,
+    fold: Fold,
+    *,
+    choose: Callable[..., genes.Panel] = genes.shared_hvg,
+    n_genes: int = 256,
+) -> tuple[dict[str, AnnData], genes.Panel]:
+    """Return the training spots of a fold, slide by slide, and a panel chosen on them alone.
+
+    Parameters and errors as for `fit_fold`.
+    """
+    if both := set(fold.train) & set(fold.test):
+        what = f"fold {fold.name!r} trains on {len(both)} spots that it tests"
+        raise DataError(what, fix="take a split of helpers.splits")
+    trained = {slide: rows.index for slide, rows in spots.iloc[fold.train].groupby("slide")}
+    for slide, names in trained.items():
+        if slide not in adatas or not names.isin(adatas[slide].obs_names).all():
+            fix = "give the slides whose spots were split, with no spot left out"
+            raise DataError("a spot of the fold is not among its spots", slide=slide, fix=fix)
+    parts = {s: a[a.obs_names.isin(trained[s])] for s, a in adatas.items() if s in trained}
+    shared = genes.shared_genes(adatas)
+    return parts, choose({slide: part[:, shared] for slide, part in parts.items()}, n_genes)
 
 
 def features(
