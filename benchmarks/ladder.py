@@ -34,6 +34,8 @@ SEEDS = (0, 1, 2)
 FIXED = ("majority", "coordinates", "neighbours", "colour", "genes")
 PRETRAINED = ("clip", "plip")
 GAP = ("random spots", "left-out donor")
+GAINS = ("colour", "before", "genes")
+"""What the fine-tuned tower is compared with, on the same spots."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,8 @@ def pretrained(study: Study, name: str, fold: evaluate.Fold) -> np.ndarray:
 
 
 def score(study: Study) -> list[dict]:
-    """Score everything: one row per rung, features, seed and measure, and the gaps."""
-    rows = []
+    """Score everything: one row per rung, features, seed and measure; the gaps; and the gains."""
+    rows, told = [], {}
     for name, seed, rungs, x, predictor in features(study):
         facts = {
             "study": study.name,
@@ -147,6 +149,12 @@ def score(study: Study) -> list[dict]:
             table = evaluate.difference(said[GAP[0]], said[GAP[1]])
             name_of_gap = f"gap: {GAP[0]} - {GAP[1]}"
             rows += [facts | {"split": name_of_gap} | row for row in table.to_dict("records")]
+        told[name] = told.get(name, {}) | said  # of several seeds, the last
+        for other in GAINS if name == "fine-tuned" else ():
+            pair = facts | {"features": f"{name} minus {other}"}
+            for rung, predictions in said.items():
+                table = evaluate.difference(predictions, told[other][rung])
+                rows += [pair | {"split": rung} | row for row in table.to_dict("records")]
         print(name, seed, {r: rounded(evaluate.score(p)) for r, p in said.items()}, flush=True)
     return rows
 

@@ -205,12 +205,59 @@ def test_a_chapter_that_failed_is_not_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> run_notebooks.Run:
-        raise run_notebooks.NotebookError("cell 3")
+        raise run_notebooks.NotebookError("01_small", "cell 3")
 
     monkeypatch.setattr(run_notebooks, "execute", fails)
     with pytest.raises(run_notebooks.NotebookError):
         run_notebooks.run(folder, tmp_path / "out", "demo", ["01"], 60, tmp_path / "kept")
     assert not list(tmp_path.glob("kept/*"))
+
+
+def test_chapters_side_by_side_give_what_one_by_one_gives(folder: Path, tmp_path: Path) -> None:
+    nbs.write(chapter("08_last"), folder / "08_last.ipynb")
+    for jobs in ("1", "2"):
+        options = ("--notebooks", folder, "--out", tmp_path / jobs, "--jobs", jobs)
+        done = script("run_notebooks", *options)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / jobs / "run.json").read_text()) for jobs in ("1", "2"))
+    assert list(one["chapters"]) == list(two["chapters"])
+    for name in one["chapters"]:
+        cells = [nbs.read(tmp_path / jobs / f"{name}.ipynb")["cells"] for jobs in ("1", "2")]
+        printed = [
+            [o["text"] for c in cs for o in c.get("outputs", []) if "text" in o] for cs in cells
+        ]
+        assert printed[0] == printed[1] != []
+
+
+def test_a_failure_stops_the_chapters_beside_it(folder: Path, tmp_path: Path) -> None:
+    change(folder / "02_other.ipynb", "code-1", "import time\ntime.sleep(300)")
+    nbs.write(chapter("03_more"), folder / "03_more.ipynb")
+    change(folder / "03_more.ipynb", "code-2", 'x = {}\nx["spot"]')
+    options = ("--notebooks", folder, "--out", tmp_path / "out", "--jobs", "2")
+    start = time.monotonic()
+    done = script("run_notebooks", *options)
+    assert time.monotonic() - start < 250
+    assert done.returncode == 1
+    assert done.stdout.rstrip().endswith("03_more   FAILED")
+    assert "chapter 03_more, cell code-2" in done.stderr
+    assert done.stderr.count("are untouched") == 1
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "expected"),
+    [
+        (["02", "05", "07", "01"], [], ["01"]),
+        (["02", "05", "07"], ["01"], []),
+        (["02", "05", "07", "08"], [], ["07", "05", "02"]),
+        (["08", "09", "02"], ["07"], ["02"]),
+        (["10", "09", "08", "02"], [], ["08", "09", "02", "10"]),
+    ],
+    ids=["first alone", "wait for the first", "longest first", "wait for the tower", "tower here"],
+)
+def test_the_order_of_chapters(waiting: list[str], running: list[str], expected: list[str]) -> None:
+    ready = run_notebooks.next_ones([Path(n) for n in waiting], [Path(n) for n in running])
+    assert [p.stem for p in ready] == expected
 
 
 @pytest.mark.parametrize(

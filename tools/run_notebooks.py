@@ -1,5 +1,8 @@
 """Execute the chapters with papermill, one progress line each, into _build/<study>/notebooks.
 
+Some chapters run at a time, each with its share of the cores: a small training on many threads
+mostly waits for itself. ``--jobs 1`` (or JOBS=1) runs one after the other.
+
 The folder also gets ``run.json``: what ran, from which sources, how long and with how much memory.
 ``tools/build_book.py`` builds pages only from such a record, and only while it still fits.
 
@@ -17,13 +20,18 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 import notebooks as nbs
 
@@ -32,10 +40,24 @@ SOURCES = ROOT / "notebooks"
 KEPT = ROOT / "_build" / "chapters"
 RECORD = "run.json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+GB_PER_CHAPTER = 4
+FIRST = "01"
+"""Chapter 1 runs alone: it has the data ready for all others."""
+WAIT_FOR = {"08": "07", "09": "07", "10": "07", "11": "07"}
+"""These use the tower that chapter 7 trains; at the same time, each would train its own."""
+LONG = ("07", "08", "05", "11", "09")
+"""Begun before others, from the longest on, so that no core is idle at the end."""
+UNTOUCHED = "The pages of the last good run, if there are any, are untouched."
+
+Show = Callable[[list[str]], None]  # takes the names of the chapters that run now
 
 
 class NotebookError(RuntimeError):
-    """A cell failed; the message holds the chapter, the cell and the traceback."""
+    """A cell of a chapter failed; the message holds the chapter, the cell and the traceback."""
+
+    def __init__(self, chapter: str, message: str) -> None:
+        super().__init__(message)
+        self.chapter = chapter
 
 
 @dataclass(frozen=True)
@@ -127,9 +149,22 @@ def no_progress_bars() -> None:
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def kernel_environment() -> None:
-    """Set what every kernel inherits."""
+def usual_jobs() -> int:
+    """Return how many chapters this machine runs at a time: as cores and memory allow, up to 4."""
+    import joblib
+    import psutil
+
+    room = int(psutil.virtual_memory().total / 1e9 / GB_PER_CHAPTER)
+    return max(1, min(4, joblib.cpu_count(), room))
+
+
+def kernel_environment(jobs: int = 1) -> None:
+    """Set what every kernel inherits; with several jobs, each gets its share of the cores."""
+    import joblib
+
     no_progress_bars()
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, joblib.cpu_count() // jobs)))
     os.environ.pop("MPLBACKEND", None)  # figures go to the page, whatever the shell prefers
     # Threads that spin for long while they wait slow training down 8 times on a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -204,36 +239,37 @@ def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
                 execution_timeout=timeout, **kernel_settings(),
             )  # fmt: skip
         except (PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
-            raise NotebookError(failure(path, nbs.read(scratch), error)) from None
+            raise NotebookError(path.stem, failure(path, nbs.read(scratch), error)) from None
         finally:
             peak = memory.stop()
         nbs.write(clean(nbs.read(scratch)), out / path.name)
     return Run(round(time.perf_counter() - start, 1), round(peak), digest(path))
 
 
-def kept_or_executed(
-    path: Path, out: Path, study: str, timeout: int, keep: Path | None, shared: str
-) -> tuple[Run, bool]:
-    """Execute a chapter, or copy it from where it is kept; say which, True for kept."""
-    if keep is None:
-        return execute(path, out, study, timeout), False
+def place_to_keep(path: Path, keep: Path, shared: str) -> Path:
+    """Return where a chapter is kept that ran with this source in these surroundings."""
     key = hashlib.sha256(f"{digest(path)} {shared}".encode()).hexdigest()[:16]
-    folder = keep / f"{path.stem}-{key}"
-    if folder.exists():
-        shutil.copyfile(folder / path.name, out / path.name)
-        return Run(**json.loads((folder / RECORD).read_text())), True
-    done = execute(path, out, study, timeout)
-    keep.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=keep))  # renamed when complete
+    return keep / f"{path.stem}-{key}"
+
+
+def take(path: Path, out: Path, folder: Path) -> Run:
+    """Copy an executed chapter from a folder that holds its record, too."""
+    shutil.copyfile(folder / path.name, out / path.name)
+    return Run(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+
+
+def store(path: Path, out: Path, done: Run, folder: Path) -> None:
+    """Keep an executed chapter with its record; another run may be doing the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))  # renamed when complete
     shutil.copyfile(out / path.name, fresh / path.name)
-    (fresh / RECORD).write_text(json.dumps(asdict(done)))
+    (fresh / RECORD).write_text(json.dumps(asdict(done)), encoding="utf-8")
     try:
         fresh.rename(folder)
     except OSError:
         if not folder.exists():
             raise
         shutil.rmtree(fresh)  # another run was quicker
-    return done, False
 
 
 def kernel_settings() -> dict[str, Any]:
@@ -248,6 +284,64 @@ def kernel_settings() -> dict[str, Any]:
     return {"config": files, "extra_arguments": ["--log-level=CRITICAL"]}
 
 
+def next_ones(waiting: list[Path], running: list[Path]) -> list[Path]:
+    """Return the chapters that may start now, those first that take longest."""
+    unfinished = {p.stem[:2] for p in [*waiting, *running]}
+    if FIRST in unfinished:
+        return [p for p in waiting if p.stem.startswith(FIRST)]
+    ready = [p for p in waiting if WAIT_FOR.get(p.stem[:2]) not in unfinished]
+    rank = {number: i for i, number in enumerate(LONG)}
+    return sorted(ready, key=lambda p: (rank.get(p.stem[:2], len(LONG)), p.stem))
+
+
+def side_by_side(
+    todo: list[Path], out: Path, study: str, timeout: int, jobs: int, show: Show
+) -> Iterator[tuple[Path, Run]]:
+    """Run each chapter by this script in a process of its own; yield them as they end.
+
+    Raises
+    ------
+    NotebookError
+        A cell of one failed; the others are stopped.
+    """
+    waiting, running = list(todo), {}
+    options = ["--study", study, "--timeout", str(timeout), "--jobs", "1", "--fresh"]
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as scratch:
+        try:
+            while waiting or running:
+                for path in next_ones(waiting, list(running))[: jobs - len(running)]:
+                    command = [sys.executable, __file__, path.stem, *options]
+                    command += ["--notebooks", path.parent, "--out", Path(scratch) / path.stem]
+                    with (Path(scratch) / f"{path.stem}.log").open("w") as log:
+                        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+                    running[path] = child
+                    waiting.remove(path)
+                    show([p.stem for p in running])
+                for path in [p for p, child in running.items() if child.poll() is not None]:
+                    folder = Path(scratch) / path.stem
+                    if running.pop(path).returncode:
+                        said = folder.with_suffix(".log").read_text(encoding="utf-8")
+                        raise NotebookError(path.stem, said.replace(UNTOUCHED, "").strip())
+                    shutil.copyfile(folder / path.name, out / path.name)
+                    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+                    yield path, Run(**record["chapters"][path.stem])
+                time.sleep(0.1)
+        finally:
+            for child in running.values():
+                child.terminate()
+            for child in running.values():
+                child.wait()
+
+
+def one_by_one(
+    todo: list[Path], out: Path, study: str, timeout: int, show: Show
+) -> Iterator[tuple[Path, Run]]:
+    """Execute the chapters here, in order; yield them as they end."""
+    for path in todo:
+        show([path.stem])
+        yield path, execute(path, out, study, timeout)
+
+
 def run(
     folder: Path,
     out: Path,
@@ -255,8 +349,9 @@ def run(
     names: list[str] | None,
     timeout: int,
     keep: Path | None = None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """Execute the chapters in order, replace ``out`` by the result, and return the record.
+    """Execute the chapters, replace ``out`` by the result, and return the record.
 
     The old folder stays as it is until every chapter has run.
     """
@@ -266,23 +361,41 @@ def run(
     record = {"study": study, "helpers": helpers_digest(), "complete": todo == chapters(folder)}
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+
+    places = {p: place_to_keep(p, keep, shared) for p in todo} if keep else {}
+    left = [p for p in todo if not (p in places and places[p].exists())]
+    bar = tqdm(total=len(left), desc="chapters", disable=not sys.stderr.isatty(), leave=False)
+
+    def note(path: Path, done: Run, more: str = "") -> None:
+        runs[path.stem] = done
+        memory = f"peak {done.peak_mb / 1e3:.2f} GB"
+        bar.write(f"  {path.stem:{width}}  ok  {done.seconds:6.1f} s  {memory}{more}")
+        sys.stdout.flush()
+
+    def show(names: list[str]) -> None:
+        bar.set_postfix_str(f"now {', '.join(names)}")
+
     try:
-        for path in todo:
-            print(f"  {path.stem:{width}}  ", end="", flush=True)
-            try:
-                done, old = kept_or_executed(path, fresh, study, timeout, keep, shared)
-                runs[path.stem] = done
-            except BaseException:
-                print("FAILED", flush=True)
-                raise
-            note = "  (ran before, nothing has changed)" if old else ""
-            print(f"ok  {done.seconds:6.1f} s  peak {done.peak_mb / 1e3:.2f} GB{note}", flush=True)
-        record["chapters"] = {name: asdict(r) for name, r in runs.items()}
+        for path in [p for p in todo if p not in left]:
+            note(path, take(path, fresh, places[path]), "  (ran before, nothing has changed)")
+        ended = one_by_one(left, fresh, study, timeout, show)
+        if jobs > 1 and len(left) > 1:
+            ended = side_by_side(left, fresh, study, timeout, jobs, show)
+        for path, done in ended:
+            if keep:
+                store(path, fresh, done, places[path])
+            note(path, done)
+            bar.update()
+        record["chapters"] = {p.stem: asdict(runs[p.stem]) for p in todo}
         (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         fresh.chmod(0o755)
         fresh.rename(out)
+    except NotebookError as error:
+        bar.write(f"  {error.chapter:{width}}  FAILED")
+        raise
     finally:
+        bar.close()
         shutil.rmtree(fresh, ignore_errors=True)
     return record
 
@@ -322,6 +435,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: _build/<study>/notebooks")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that one cell may take")
     parser.add_argument("--fresh", action="store_true", help="run even what has not changed")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.environ.get("JOBS"),
+        help="chapters at a time; default: as cores and memory allow",
+    )
     options = parser.parse_args(argv)
     keep = KEPT if options.notebooks == SOURCES and not options.fresh else None
     out = options.out or ROOT / "_build" / options.study / "notebooks"
@@ -329,15 +448,15 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         no_progress_bars()
     prepare(options.study)
-    kernel_environment()
+    jobs = options.jobs or usual_jobs()
+    kernel_environment(jobs if len(chapters(options.notebooks, options.names)) > 1 else 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, nothing is left
     start = time.perf_counter()
     try:
-        record = run(options.notebooks, out, options.study, options.names, options.timeout, keep)
+        folder, names = options.notebooks, options.names
+        record = run(folder, out, options.study, names, options.timeout, keep, jobs)
     except NotebookError as error:
-        print(
-            f"\n{error}\n\nThe pages of the last good run, if there are any, are untouched.",
-            file=sys.stderr,
-        )
+        print(f"\n{error}\n\n{UNTOUCHED}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
     print(f"Chapters run: {len(record['chapters'])}, in {seconds:.0f} s, into {out}", flush=True)
