@@ -30,6 +30,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def stamped(rows: list[dict]) -> list[dict]:
+    """Say in each row of which commit it is: parts may be measured apart."""
+    return [
+        row | {"commit": commit(), "measured": datetime.date.today().isoformat()} for row in rows
+    ]
+
+
 def main() -> None:
     """Run the benchmarks and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -42,9 +49,12 @@ def main() -> None:
     options = parser.parse_args()
     n, d, rows = options.rows, options.columns, []
     if options.only != "maps":
-        rows += bench_probe.run(n, d, options.seeds, options.repeats)
+        rows += stamped(bench_probe.run(n, d, options.seeds, options.repeats))
     if options.only != "probe":
-        rows += bench_maps.run(n, d)
+        rows += stamped(bench_maps.run(n, d))
+    if options.only and options.out.exists():  # the rows of the other part stay
+        new = {row["what"] for row in rows}
+        rows += [r for r in json.loads(options.out.read_text())["rows"] if r["what"] not in new]
     report = {
         "what": "evaluation against the published way, by benchmarks/evaluate.py",
         "measured": datetime.date.today().isoformat(),

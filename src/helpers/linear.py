@@ -135,8 +135,8 @@ def lbfgs_path(
     alphas
         Penalties; scikit-learn's `C` is ``1 / (n * alpha)``.
     tol
-        Largest slope at which a fit ends. 0.004 is enough for a sweep over large data: half the
-        time, the same scores (``results/evaluate.json``); weights are still moving a little.
+        Largest slope at which a fit ends. 0.006 is enough for a sweep over large data: half the
+        time, about the same scores (``results/evaluate.json``); weights are still moving a little.
     """
     scaler = StandardScaler().fit(x)
     scaled = scaler.transform(x)
