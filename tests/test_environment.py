@@ -165,7 +165,8 @@ def imported(folder: str) -> set[str]:
     ("folder", "extras", "brought"),
     [
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
-        ("tools", ("book",), {"nbclient", "traitlets"}),  # both come with papermill and ipykernel
+        # these come with papermill, ipykernel and scikit-learn
+        ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
         ("tests", ("book", "test"), {"zarr", "httpx", "requests"}),
     ],
 )
