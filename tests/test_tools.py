@@ -223,10 +223,10 @@ def test_chapters_side_by_side_give_what_one_by_one_gives(folder: Path, tmp_path
     assert list(one["chapters"]) == list(two["chapters"])
     for name in one["chapters"]:
         cells = [nbs.read(tmp_path / jobs / f"{name}.ipynb")["cells"] for jobs in ("1", "2")]
-        printed = [
-            [o["text"] for c in cs for o in c.get("outputs", []) if "text" in o] for cs in cells
-        ]
-        assert printed[0] == printed[1] != []
+        # joined: how a kernel cuts what it prints into pieces is a matter of time
+        printed = ["".join(o["text"] for c in cs for o in c.get("outputs", []) if "text" in o)
+                   for cs in cells]  # fmt: skip
+        assert printed[0] == printed[1] != ""
 
 
 def test_a_failure_stops_the_chapters_beside_it(folder: Path, tmp_path: Path) -> None:
