@@ -213,6 +213,12 @@ def test_a_chapter_that_failed_is_not_kept(
     assert not list(tmp_path.glob("kept/*"))
 
 
+def printed(cells: list[dict]) -> str:
+    """Everything the cells print, whole: a kernel cuts it into pieces as time has it."""
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    return "".join("".join(output["text"]) for output in outputs if "text" in output)
+
+
 def test_chapters_side_by_side_give_what_one_by_one_gives(folder: Path, tmp_path: Path) -> None:
     nbs.write(chapter("08_last"), folder / "08_last.ipynb")
     for jobs in ("1", "2"):
@@ -223,10 +229,8 @@ def test_chapters_side_by_side_give_what_one_by_one_gives(folder: Path, tmp_path
     assert list(one["chapters"]) == list(two["chapters"])
     for name in one["chapters"]:
         cells = [nbs.read(tmp_path / jobs / f"{name}.ipynb")["cells"] for jobs in ("1", "2")]
-        # joined: how a kernel cuts what it prints into pieces is a matter of time
-        printed = ["".join(o["text"] for c in cs for o in c.get("outputs", []) if "text" in o)
-                   for cs in cells]  # fmt: skip
-        assert printed[0] == printed[1] != ""
+        one_by_one, side_by_side = (printed(chapter_cells) for chapter_cells in cells)
+        assert one_by_one == side_by_side != ""
 
 
 def test_a_failure_stops_the_chapters_beside_it(folder: Path, tmp_path: Path) -> None:
