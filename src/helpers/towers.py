@@ -103,18 +103,31 @@ class Colour(nn.Module):
         pixels = _resized(pixels, self.size_px)
         density = -torch.log10(pixels.clamp_min(1 / 255))
         stains = torch.einsum("nchw,cs->nshw", density, self.stains)
-        ordered = torch.cat([pixels, stains], dim=1).flatten(2).sort(dim=2).values
+        ordered = _sorted(torch.cat([pixels, stains], dim=1).flatten(2))
         ranks = [round(q * (ordered.shape[2] - 1)) for q in (0.1, 0.5, 0.9)]
-        found = [ordered.mean(2), ordered.std(2), ordered[:, :, ranks].flatten(1)]
-        found += [density.mean((2, 3)), density.flatten(2).std(2)]
+        found = [ordered.mean(2), _spread(ordered), ordered[:, :, ranks].flatten(1)]
+        found += [density.mean((2, 3)), _spread(density.flatten(2))]
         layers = torch.stack([stains[:, 0], density.mean(1)], dim=1)
         for _ in range(3):
             down, right = layers.diff(dim=2), layers.diff(dim=3)
             bend = down.diff(dim=2)[..., 1:-1] + right.diff(dim=3)[..., 1:-1, :]
             slope = (down.abs().mean((2, 3)) + right.abs().mean((2, 3))) / 2
-            found += [layers.flatten(2).std(2), slope, bend.abs().mean((2, 3))]
+            found += [_spread(layers.flatten(2)), slope, bend.abs().mean((2, 3))]
             layers = F.avg_pool2d(layers, 2)
         return torch.cat(found, dim=1)
+
+
+def _sorted(numbers: Tensor) -> Tensor:
+    """Sort along the last axis; on a CPU by numpy, which does it in a tenth of torch's time."""
+    if numbers.device.type == "cpu":
+        return torch.from_numpy(np.sort(numbers.detach().numpy()))
+    return numbers.sort().values
+
+
+def _spread(numbers: Tensor) -> Tensor:
+    """Return the standard deviation along the last axis, faster than torch's own on a CPU."""
+    apart = numbers - numbers.mean(dim=-1, keepdim=True)
+    return (apart.square_().sum(dim=-1) / (numbers.shape[-1] - 1)).sqrt()
 
 
 def load(
