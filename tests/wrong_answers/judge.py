@@ -1,0 +1,25 @@
+"""Ask each check of a chapter about no answer, and about the wrong ones in ``WRONG``.
+
+``tools/run_notebooks.py --also`` runs this after the chapter's last cell, with its variables.
+``WRONG`` maps the number of an exercise to pairs: a wrong answer, and what the check says to it.
+"""
+
+asked = {int(name[6:]) for name in list(globals()) if name.startswith("check_")}
+complaints = [f"exercises {sorted(asked)}, but wrong answers to {sorted(WRONG)}"]
+if asked == set(WRONG):
+    complaints.clear()
+for number, cases in WRONG.items():
+    if not 2 <= len(cases) <= 5:
+        complaints.append(f"check_{number}: {len(cases)} wrong answers, not 2 to 5")
+    for given, helpful in [(None, "Not answered yet"), *cases]:
+        try:
+            said = globals()[f"check_{number}"](given)
+        except AssertionError as error:
+            said = str(error)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        if helpful not in said:
+            shown = repr(given).replace("\n", " ")[:60]
+            complaints.append(f"check_{number}({shown}) says {said!r}, not {helpful!r}")
+if complaints:
+    raise AssertionError("\n".join(complaints))
