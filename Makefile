@@ -6,7 +6,7 @@ GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint benchmarks results pins clean
+.PHONY: help book test lab workshop check lint benchmarks results pins clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -19,6 +19,9 @@ test: .venv/installed  ## test the helpers, the notebooks and the pages
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+workshop: .venv/installed  ## a folder and a zip for a workshop: exercises, solutions, data, the book
+	@$(RUN) tools/workshop.py
 
 check:  ## look at this machine: Python, packages, GPU, memory, disk, data (installs nothing)
 	@sh tools/python.sh tools/check_environment.py
