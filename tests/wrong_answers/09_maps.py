@@ -21,7 +21,7 @@ WRONG = {
     ],
     3: [
         (share, "a tuple"),
-        ((1 - strange.min(), count), "OTHER labels"),
+        ((1 - strange.min(), int((strange == strange.min()).sum())), "OTHER labels"),
         ((share, count + 1), "is not how many"),
         ((share / 2, count), "without the spot"),
     ],
