@@ -4,22 +4,28 @@
 ``WRONG`` maps the number of an exercise to pairs: a wrong answer, and what the check says to it.
 """
 
-asked = {int(name[6:]) for name in list(globals()) if name.startswith("check_")}
-complaints = [f"exercises {sorted(asked)}, but wrong answers to {sorted(WRONG)}"]
-if asked == set(WRONG):
-    complaints.clear()
-for number, cases in WRONG.items():
-    if not 2 <= len(cases) <= 5:
-        complaints.append(f"check_{number}: {len(cases)} wrong answers, not 2 to 5")
-    for given, helpful in [(None, "Not answered yet"), *cases]:
-        try:
-            said = globals()[f"check_{number}"](given)
-        except AssertionError as error:
-            said = str(error)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-        if helpful not in said:
-            shown = repr(given).replace("\n", " ")[:60]
-            complaints.append(f"check_{number}({shown}) says {said!r}, not {helpful!r}")
-if complaints:
-    raise AssertionError("\n".join(complaints))
+
+def judge():
+    """Raise an AssertionError with all complaints; names here must not hide the chapter's."""
+    checks = {int(name[6:]): f for name, f in globals().items() if name.startswith("check_")}
+    if set(checks) != set(WRONG):
+        raise AssertionError(f"exercises {list(checks)}, but wrong answers to {list(WRONG)}")
+    complaints = []
+    for number, cases in WRONG.items():
+        if not 2 <= len(cases) <= 5:
+            complaints.append(f"check_{number}: {len(cases)} wrong answers, not 2 to 5")
+        for given, helpful in [(None, "Not answered yet"), *cases]:
+            try:
+                said = checks[number](given)
+            except AssertionError as error:
+                said = str(error)
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            if helpful not in said:
+                shown = repr(given).replace("\n", " ")[:60]
+                complaints.append(f"check_{number}({shown}) says {said!r}, not {helpful!r}")
+    if complaints:
+        raise AssertionError("\n".join(complaints))
+
+
+judge()
