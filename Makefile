@@ -6,7 +6,7 @@ GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint benchmarks results pins clean
+.PHONY: help book test lab check lint benchmarks results pins chapter probe clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -34,6 +34,12 @@ results: .venv/installed  ## measure every split and tower again, into results/ 
 
 pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
 	@sh tools/pins.sh
+
+chapter: .venv/installed  ## begin a chapter that passes all checks: make chapter NAME=12_expression
+	@$(RUN) tools/new_chapter.py '$(NAME)'
+
+probe: .venv/installed  ## ask whether pinned data and all outside links are still there
+	@$(RUN) tools/probe.py
 
 clean:  ## remove what was built and installed; downloads and simulated data in .cache stay
 	@rm -rf _build .venv

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_chapter import chapter
 
 import build_book
 import check_environment
 import notebooks as nbs
 import run_notebooks
 from helpers import catalog
+from new_chapter import chapter
 
 ROOT = Path(__file__).resolve().parent.parent
 

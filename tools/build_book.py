@@ -22,6 +22,7 @@ import yaml
 import dataset_page
 from run_notebooks import RECORD, ROOT, digest, helpers_digest, no_progress_bars
 
+JUPYTER_BOOK = (sys.executable, "-c", "from jupyter_book.cli.main import main; main()")
 AGAIN = "Run `make book` (or tools/run_notebooks.py without names) again."
 
 
@@ -69,7 +70,7 @@ def build(source: Path, html: Path) -> bool:
     """Build the pages and put them in place; return whether that succeeded."""
     with tempfile.TemporaryDirectory(prefix="html.", dir=html.parent) as scratch:
         command = [
-            *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()"),
+            *JUPYTER_BOOK,
             *("build", str(source), "--path-output", scratch),
             *("-n", "-W", "--keep-going", "--quiet"),
         ]
