@@ -82,18 +82,17 @@ def pins() -> list[Pin]:
     return found
 
 
-def address(pin: Pin, endpoint: str | None = None) -> str:
+def address(pin: Pin) -> str:
     """Return where the hub has a file."""
-    import huggingface_hub as hub
+    from huggingface_hub import constants, hf_hub_url
 
-    return hub.hf_hub_url(
-        pin.repo, pin.file, repo_type=pin.kind, revision=pin.revision, endpoint=endpoint
-    )
+    where = {"repo_type": pin.kind, "revision": pin.revision, "endpoint": constants.ENDPOINT}
+    return hf_hub_url(pin.repo, pin.file, **where)
 
 
-def data(endpoint: str | None = None) -> list[Finding]:
+def data() -> list[Finding]:
     """Ask for every pinned file; fetch the table of slides, which is small, and hash it."""
-    import huggingface_hub as hub
+    from huggingface_hub import constants
 
     from helpers import catalog, files
 
@@ -103,19 +102,18 @@ def data(endpoint: str | None = None) -> list[Finding]:
         found.append(Finding("ok", catalog.METADATA_URL))
     except catalog.DataError as error:
         found.append(Finding("broken", catalog.METADATA_URL, str(error)))
-    endpoint = endpoint or hub.constants.ENDPOINT
-    if not files._reachable(endpoint):
-        return [*found, Finding("broken", endpoint, "the hub does not answer")]
-    return found + [ask(pin, address(pin, endpoint)) for pin in pins()]
+    if not files._reachable(constants.ENDPOINT):
+        return [*found, Finding("broken", constants.ENDPOINT, "the hub does not answer")]
+    return found + [ask(pin, address(pin)) for pin in pins()]
 
 
 def ask(pin: Pin, url: str) -> Finding:
     """Compare what the hub says of one file with what the helpers expect."""
-    import huggingface_hub as hub
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        told = hub.get_hf_file_metadata(url, retry_on_errors=True)
+        told = get_hf_file_metadata(url, retry_on_errors=True)
     except GatedRepoError as error:
         return Finding("refused" if pin.gated else "broken", url, first_line(error))
     except Exception as error:  # the hub's client and httpx have a dozen kinds between them
