@@ -6,7 +6,7 @@ GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint benchmarks results pins clean
+.PHONY: help book test lab check lint benchmarks results pins repo clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -17,8 +17,8 @@ book: .venv/installed  ## run every notebook, build the pages (STUDY=mob make bo
 test: .venv/installed  ## test the helpers, the notebooks and the pages
 	@$(RUN) -m pytest
 
-lab: .venv/installed  ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+lab: .venv/installed  ## open your copies of the notebooks in JupyterLab
+	@$(RUN) tools/lab.py $(ARGS)
 
 check:  ## look at this machine: Python, packages, GPU, memory, disk, data (installs nothing)
 	@sh tools/python.sh tools/check_environment.py
@@ -34,6 +34,9 @@ results: .venv/installed  ## measure every split and tower again, into results/ 
 
 pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
 	@sh tools/pins.sh
+
+repo:  ## move the book to another repository: make repo URL=https://github.com/OWNER/NAME
+	@sh tools/python.sh tools/repository.py "$(URL)"
 
 clean:  ## remove what was built and installed; downloads and simulated data in .cache stay
 	@rm -rf _build .venv

@@ -167,7 +167,7 @@ def imported(folder: str) -> set[str]:
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
         # these come with papermill, ipykernel and scikit-learn
         ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
-        ("tests", ("book", "test"), {"zarr", "httpx", "requests"}),
+        ("tests", ("book", "test"), {"zarr", "httpx", "requests", "nbclient"}),
     ],
 )
 def test_what_is_imported_is_installed(

@@ -252,11 +252,6 @@ def test_figure_names_are_unique_over_the_book() -> None:
     assert len(names) == len(set(names))
 
 
-def test_colab_installs_the_repository_of_the_config() -> None:
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    assert config["repository"]["url"] == anatomy.REPOSITORY
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_execution(path: Path, run_of_demo: Path) -> None:

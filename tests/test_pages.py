@@ -23,6 +23,7 @@ from browser import Browser, browser, executable
 
 import build_book
 import dataset_page
+import repository
 
 ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -197,7 +198,6 @@ def test_an_unresolved_reference_is_noticed(html: str) -> None:
 
 
 def test_the_config_keeps_the_colab_link_right() -> None:
-    assert CONFIG["repository"]["url"] == "https://github.com/stimage-book/stimage-book"
     assert "path_to_book" not in CONFIG["repository"]
     assert CONFIG["execute"]["execute_notebooks"] == "off"
 
@@ -284,7 +284,8 @@ def test_the_glossary_defines_every_seed_term(books: list[Path]) -> None:
 
 
 def test_every_chapter_opens_in_colab_from_the_repository(books: list[Path]) -> None:
-    start = "https://colab.research.google.com/github/stimage-book/stimage-book/blob/main/"
+    path = repository.owner_and_name(CONFIG["repository"]["url"])
+    start = f"https://colab.research.google.com/github/{path}/blob/main/"
     for book in books:
         for name in (n for n in NAMES if n.startswith("notebooks/")):
             page = page_checks.soup((book / f"{name}.html").read_text(encoding="utf-8"))
