@@ -134,6 +134,14 @@ def test_a_failing_cell_stops_the_run_and_is_shown(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out.")] == []
 
 
+def test_a_chapter_leaves_nothing_for_another_to_find(folder: Path, tmp_path: Path) -> None:
+    change(folder / "01_small.ipynb", "code-2", 'open("table.csv", "w").close()')
+    done = script("run_notebooks", "01", "--notebooks", folder, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "chapter 01_small leaves table.csv behind" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_traceback_is_in_sight(folder: Path, tmp_path: Path) -> None:
     change(folder / "01_small.ipynb", "code-2", "def f():\n    return 1 / 0\n\n\nf()")
     done = script("run_notebooks", "--notebooks", folder, "--out", tmp_path / "out")

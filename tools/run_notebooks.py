@@ -47,6 +47,9 @@ WAIT_FOR = {"08": "07", "09": "07", "10": "07", "11": "07"}
 """These use the tower that chapter 7 trains; at the same time, each would train its own."""
 LONG = ("07", "08", "05", "11", "09")
 """Begun before others, from the longest on, so that no core is idle at the end."""
+BEHIND = (
+    "behind: what a chapter keeps belongs in the cache, by a helper, so that all run in any order"
+)
 UNTOUCHED = "The pages of the last good run, if there are any, are untouched."
 
 Show = Callable[[list[str]], None]  # takes the names of the chapters that run now
@@ -242,6 +245,8 @@ def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
             raise NotebookError(path.stem, failure(path, nbs.read(scratch), error)) from None
         finally:
             peak = memory.stop()
+        if left := sorted(p.name for p in Path(folder).iterdir() if p != scratch):
+            raise NotebookError(path.stem, f"chapter {path.stem} leaves {', '.join(left)} {BEHIND}")
         nbs.write(clean(nbs.read(scratch)), out / path.name)
     return Run(round(time.perf_counter() - start, 1), round(peak), digest(path))
 
