@@ -28,7 +28,6 @@ FIXED = (
 INSTALLED_AS = {
     "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "umap": "umap-learn",
     "open_clip": "open-clip-torch", "yaml": "pyyaml", "bs4": "beautifulsoup4",
-    "websocket": "websocket-client",
 }  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def imported(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    own = {p.stem for f in ("tools", "tests", "src") for p in (ROOT / f).rglob("*.py")} | {
+    own = {p.stem for f in ("tools", "tests", "src", "book") for p in (ROOT / f).rglob("*.py")} | {
         "helpers"
     }
     return {

@@ -321,7 +321,6 @@ canvas.addEventListener("keydown", (event) => {
   });
   if (found >= 0) show(found);
 });
-window.addEventListener("resize", layout);
-layout();
+new ResizeObserver(layout).observe(canvas); // a frame may get its size after its script ran
 </script></body></html>
 """
