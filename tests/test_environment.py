@@ -166,7 +166,8 @@ def imported(folder: str) -> set[str]:
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
         # these come with papermill, ipykernel and scikit-learn
         ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
-        ("tests", ("book", "test"), {"zarr", "httpx", "requests"}),
+        ("book", ("book",), {"docutils"}),  # comes with jupyter-book
+        ("tests", ("book", "test"), {"zarr", "httpx", "requests", "docutils"}),
     ],
 )
 def test_what_is_imported_is_installed(

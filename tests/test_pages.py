@@ -555,7 +555,8 @@ def test_a_chapter_can_be_downloaded(chromium: Browser, books: list[Path]) -> No
 
 
 STAGES = """() => [...document.querySelectorAll('.pipeline a')]
-.filter(a => a.getClientRects().length).map(a => { a.scrollIntoView({block: 'center', behavior: 'instant'});
+.filter(a => a.getClientRects().length).map(a => {
+  a.scrollIntoView({block: 'center', behavior: 'instant'});
   const r = a.getBoundingClientRect();
   const x = r.x + r.width / 2, y = r.y + r.height / 2, hit = document.elementFromPoint(x, y);
   const fill = name => getComputedStyle(a.querySelector('.' + name)).fill;

@@ -37,7 +37,7 @@ def test_a_slide_that_is_not_here_is_not_fetched(tiny, mob):
 
 
 @pytest.mark.parametrize("count", [1, 4, 12])
-def test_the_picture_is_small_in_bytes_and_fits_a_page(tmp_path, count):
+def test_the_picture_fits_a_page_and_is_the_same_twice(tmp_path, count):
     study = catalog.study("dlpfc")
     found = {s.slide: noise(i) for i, s in enumerate(study.sections[:count])}
     study_pages.draw(study, found, tmp_path / "a.jpg")
