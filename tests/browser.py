@@ -47,6 +47,7 @@ class Tab:
         self.outside: list[str] = []  # asked for, and not let through
         self.failed: list[str] = []
         self.errors: list[str] = []
+        page.set_default_timeout(120_000)  # ms; a busy machine is slow, and no error
         page.route(OUTSIDE, self._stop)
         page.on("requestfailed", lambda request: self.failed.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -69,3 +69,12 @@ def test_figures_are_counted_within_a_chapter():
     chapter_pages.number_figures(SimpleNamespace(toc_fignumbers=numbers))
     assert numbers["book/dataset"] == {"figure": {"a": (1,), "b": (2,)}}
     assert numbers["notebooks/03_panels"] == {"figure": {"c": (3, 1), "d": (3, 2)}}
+
+
+def test_what_the_theme_does_twice_or_too_early_is_taken_out():
+    font = '<link rel="preload" as="font" type="font/woff2" crossorigin href="a.woff2" />\n'
+    script = '<script>const THEBE_JS_URL = "x"; const y = 1</script>\n'
+    other = "<script>const z = 2</script>"
+    wanted = script + other
+    assert chapter_pages.without_errors(font + script + other + script) == wanted
+    assert chapter_pages.without_errors(other) == other

@@ -21,6 +21,8 @@ WORDS_PER_MINUTE = 200
 COLAB = "Open in Colab"
 GLOSSARY = "book/glossary"
 COMMON = {"section"}  # mostly meant in the sense of every day
+EARLY_FONT = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
+THEBE = re.compile(r"<script>const THEBE_JS_URL.*?</script>\s*")
 PUT_RIGHT = {
     'role="doc-biblioentry"': 'role="listitem"',  # deprecated, and no child of a list
 }
@@ -130,9 +132,24 @@ def put_right(app: Any, page: str, template: str, context: dict[str, Any], doctr
         context["body"] = context.get("body", "").replace(wrong, right)
 
 
+def clear_up(app: Any, error: Exception | None) -> None:
+    """Take out of every page what fails when it is opened from a disk."""
+    for path in Path(app.outdir).rglob("*.html") if error is None else ():
+        text = path.read_text(encoding="utf-8")
+        path.write_text(without_errors(text), encoding="utf-8")
+
+
+def without_errors(html: str) -> str:
+    """Return a page without the theme's faults: fonts asked for too early, a constant set twice."""
+    html = EARLY_FONT.sub("", html)
+    first = THEBE.search(html)
+    return html[: first.end()] + THEBE.sub("", html[first.end() :]) if first else html
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("env-check-consistency", lambda app, env: number_figures(env))
     app.connect("doctree-resolved", finish)
     app.connect("html-page-context", put_right)
+    app.connect("build-finished", clear_up)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
