@@ -24,7 +24,7 @@ ONE_OF_EACH = """() => { const seen = new Set();
     if (e.children.length) continue;
     if (seen.has(e.className)) e.replaceWith(e.textContent); else seen.add(e.className); } }"""
 AXE = """async options => (await axe.run(document, {resultTypes: ['violations'], iframes: false,
-    ...options})).violations.flatMap(v => v.nodes.map(n =>
+    preload: false, ...options})).violations.flatMap(v => v.nodes.map(n =>
   `${v.id}: ${n.target} ${n.failureSummary.split('\\n')[1].trim()}`))"""
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 LANDMARKS = [

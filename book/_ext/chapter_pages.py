@@ -23,6 +23,8 @@ GLOSSARY = "book/glossary"
 COMMON = {"section"}  # mostly meant in the sense of every day
 EARLY_FONT = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 THEBE = re.compile(r"<script>const THEBE_JS_URL.*?</script>\s*")
+TOGGLE = '><span class="toctree-toggle'
+UNFOLD = f"<summary{TOGGLE}", f'<summary aria-label="Pages below"{TOGGLE}'
 PUT_RIGHT = {
     'role="doc-biblioentry"': 'role="listitem"',  # deprecated, and no child of a list
 }
@@ -140,8 +142,12 @@ def clear_up(app: Any, error: Exception | None) -> None:
 
 
 def without_errors(html: str) -> str:
-    """Return a page without the theme's faults: fonts asked for too early, a constant set twice."""
-    html = EARLY_FONT.sub("", html)
+    """Return a page without the theme's faults.
+
+    Fonts are asked for too early, a constant is set twice, and the button that unfolds a part of
+    the list of pages has no name.
+    """
+    html = EARLY_FONT.sub("", html).replace(*UNFOLD)
     first = THEBE.search(html)
     return html[: first.end()] + THEBE.sub("", html[first.end() :]) if first else html
 
