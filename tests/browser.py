@@ -68,13 +68,19 @@ class Tab:
         self.page.goto(page.resolve().as_uri() + query)
         self.page.evaluate(READY)
 
-    def axe(self, **options: Any) -> list[str]:
-        """Return what axe-core finds wrong, in the page and in every frame of it."""
+    def axe(self, only: list[str], also: list[str] = (), without: list[str] = ()) -> list[str]:
+        """Return what axe-core finds wrong, in the page and in every frame of it.
+
+        `only` are rules or sets of rules; the rules `also` are about the page and not its frames.
+        """
         found = []
         for frame in self.page.frames:
+            whole = frame is self.page.main_frame
+            rules = {name: {"enabled": True} for name in also if whole}
+            rules |= {name: {"enabled": False} for name in without}
             if not frame.evaluate("() => 'axe' in window"):
                 frame.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
-            found += frame.evaluate(AXE, options)
+            found += frame.evaluate(AXE, {"runOnly": only, "rules": rules})
         return found
 
 
