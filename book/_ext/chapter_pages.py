@@ -25,9 +25,7 @@ EARLY_FONT = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 THEBE = re.compile(r"<script>const THEBE_JS_URL.*?</script>\s*")
 TOGGLE = '><span class="toctree-toggle'
 UNFOLD = f"<summary{TOGGLE}", f'<summary aria-label="Pages below"{TOGGLE}'
-PUT_RIGHT = {
-    'role="doc-biblioentry"': 'role="listitem"',  # deprecated, and no child of a list
-}
+FORMULA = re.compile(r'<div (?=class="(?:amsmath )?math )')  # wider than a phone: its box scrolls
 
 
 def chapter(docname: str) -> int | None:
@@ -129,9 +127,9 @@ def is_link(node: nodes.Node) -> bool:
 
 
 def put_right(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Mend the HTML of a page's body."""
-    for wrong, right in PUT_RIGHT.items():
-        context["body"] = context.get("body", "").replace(wrong, right)
+    """Mend the body of a page: sources are items of their list, formulas can be scrolled by key."""
+    body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = FORMULA.sub('<div tabindex="0" ', body)
 
 
 def clear_up(app: Any, error: Exception | None) -> None:
