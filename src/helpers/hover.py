@@ -321,6 +321,6 @@ canvas.addEventListener("keydown", (event) => {
   });
   if (found >= 0) show(found);
 });
-new ResizeObserver(layout).observe(canvas); // a frame may get its size after its script ran
+new ResizeObserver(layout).observe(canvas); /* its size may come after this script */
 </script></body></html>
 """
