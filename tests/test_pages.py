@@ -540,7 +540,10 @@ def test_the_map_of_chapter_9_shows_the_tile_under_the_pointer(
         one.open(book / "notebooks/09_maps.html")
         frame = one.page.frame_locator("iframe[srcdoc]").first
         tile, canvas = frame.locator("#tile"), frame.locator("canvas")
-        canvas.scroll_into_view_if_needed()
+        # A frame out of sight draws nothing, so it cannot be waited for: bring it into view first.
+        one.page.locator("iframe[srcdoc]").first.evaluate(
+            "e => e.scrollIntoView({block: 'center', behavior: 'instant'})"
+        )
         before = frame.locator("#text").inner_text()
         assert not tile.is_visible()
         x, y = canvas.evaluate("() => place[0]")
