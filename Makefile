@@ -6,7 +6,7 @@ GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint benchmarks results pins clean
+.PHONY: help book test lab workshop check lint benchmarks results pins chapter probe repo clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -17,8 +17,11 @@ book: .venv/installed  ## run every notebook, build the pages (STUDY=mob make bo
 test: .venv/installed  ## test the helpers, the notebooks and the pages
 	@$(RUN) -m pytest
 
-lab: .venv/installed  ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+lab: .venv/installed  ## open your copies of the notebooks in JupyterLab
+	@$(RUN) tools/lab.py $(ARGS)
+
+workshop: .venv/installed  ## a folder and a zip for a workshop: exercises, solutions, data, the book
+	@$(RUN) tools/workshop.py
 
 check:  ## look at this machine: Python, packages, GPU, memory, disk, data (installs nothing)
 	@sh tools/python.sh tools/check_environment.py
@@ -34,6 +37,15 @@ results: .venv/installed  ## measure every split and tower again, into results/ 
 
 pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
 	@sh tools/pins.sh
+
+chapter: .venv/installed  ## begin a chapter that passes all checks: make chapter NAME=12_expression
+	@$(RUN) tools/new_chapter.py '$(NAME)'
+
+probe: .venv/installed  ## ask whether pinned data and all outside links are still there
+	@$(RUN) tools/probe.py
+
+repo:  ## move the book to another repository: make repo URL=https://github.com/OWNER/NAME
+	@sh tools/python.sh tools/repository.py "$(URL)"
 
 clean:  ## remove what was built and installed; downloads and simulated data in .cache stay
 	@rm -rf _build .venv

@@ -1,27 +1,37 @@
-"""A headless Chromium for tests, driven over its DevTools protocol: enough to look at pages."""
+"""A headless Chromium for tests, driven by Playwright: what a page did, asked for and looks like.
+
+Nothing outside this machine can be reached: such requests are stopped, and written down.
+"""
 
 import contextlib
-import json
+import re
 import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.base import AXE_FILE_PATH
+from playwright.sync_api import Browser, Page, sync_playwright
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-extensions",
-    "--disable-background-networking",
-    "--hide-scrollbars",
-    "--remote-debugging-port=0",
-    "--remote-allow-origins=*",
-)
+OUTSIDE = re.compile(r"^(?!file:|data:|blob:|about:|chrome)")
+READY = """async () => { await document.fonts.ready;
+  if (window.MathJax && MathJax.startup) await MathJax.startup.promise; }"""
+# Contrast is measured element by element: of the thousands of coloured words of code, one of each
+# kind is enough, and the others become plain text of their line.
+ONE_OF_EACH = """() => { const seen = new Set();
+  for (const e of document.querySelectorAll('.highlight pre span')) {
+    if (e.children.length) continue;
+    if (seen.has(e.className)) e.replaceWith(e.textContent); else seen.add(e.className); } }"""
+AXE = """async options => (await axe.run(document, {resultTypes: ['violations'], iframes: false,
+    preload: false, ...options})).violations.flatMap(v => v.nodes.map(n =>
+  `${v.id}: ${n.target} ${n.failureSummary.split('\\n')[1].trim()}`))"""
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+LANDMARKS = [
+    *("region", "landmark-one-main", "landmark-no-duplicate-main", "landmark-main-is-top-level"),
+    *("landmark-unique", "landmark-no-duplicate-banner", "landmark-no-duplicate-contentinfo"),
+    *("bypass", "skip-link", "page-has-heading-one"),
+]
 
 
 def executable() -> str | None:
@@ -29,116 +39,67 @@ def executable() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-class Browser:
-    """One tab of a running Chromium."""
+class Tab:
+    """One page of a browser that writes down what goes wrong on it."""
 
-    def __init__(self, address: str) -> None:
-        from websocket import create_connection
-
-        self._socket = create_connection(address, timeout=60)
-        self._count = 0
-        self.requests: list[str] = []
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.outside: list[str] = []  # asked for, and not let through
+        self.failed: list[str] = []
         self.errors: list[str] = []
-        self._loaded = False
-        for domain in ("Page", "Network", "Runtime"):
-            self.call(f"{domain}.enable")
+        page.set_default_timeout(120_000)  # ms; a busy machine is slow, and no error
+        page.route(OUTSIDE, self._stop)
+        page.on("requestfailed", lambda request: self.failed.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self._heard)
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer."""
-        self._count += 1
-        self._socket.send(json.dumps({"id": self._count, "method": method, "params": params}))
-        while True:
-            message = self._receive()
-            if message.get("id") == self._count:
-                if "error" in message:
-                    raise RuntimeError(f"{method}: {message['error']['message']}")
-                return message["result"]
+    def _stop(self, route: Any) -> None:
+        self.outside.append(route.request.url)
+        route.abort()
 
-    def _receive(self) -> dict[str, Any]:
-        message = json.loads(self._socket.recv())
-        method, params = message.get("method"), message.get("params", {})
-        if method == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
-        elif method == "Runtime.exceptionThrown":
-            details = params["exceptionDetails"]
-            self.errors.append(details.get("exception", {}).get("description", details["text"]))
-        elif method == "Page.loadEventFired":
-            self._loaded = True
-        return message
+    def _heard(self, message: Any) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
 
-    def open(self, page: Path, *, width: int = 1300, theme: str = "light") -> None:
-        """Open a local page `width` px wide, light or dark, and wait until it is drawn."""
-        self.requests.clear()
-        self.errors.clear()
-        self._loaded = False
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=900,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-        scheme = [{"name": "prefers-color-scheme", "value": theme}]
-        self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.call("Page.navigate", url=page.resolve().as_uri())
-        while not self._loaded:
-            self._receive()
-        self.run(
-            "(async () => { await document.fonts.ready;"
-            " if (window.MathJax && MathJax.startup) await MathJax.startup.promise;"
-            " await new Promise(done => setTimeout(done, 100)); })()"
-        )
+    def open(self, page: Path, query: str = "") -> None:
+        """Open a local page and wait until it is drawn, mathematics and all."""
+        for notes in (self.outside, self.failed, self.errors):
+            notes.clear()
+        self.page.goto(page.resolve().as_uri() + query)
+        self.page.evaluate(READY)
 
-    def run(self, script: str) -> Any:
-        """Evaluate JavaScript in the page and return its value."""
-        answer = self.call(
-            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
-        )
-        if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
-        return answer["result"].get("value")
+    def axe(self, only: list[str], also: list[str] = (), without: list[str] = ()) -> list[str]:
+        """Return what axe-core finds wrong, in the page and in every frame of it.
 
-    def click(self, x: float, y: float) -> None:
-        """Click at a point of the window and wait for the page that it leads to."""
-        self._loaded = False
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-        while not self._loaded:
-            self._receive()
-
-    def screenshot(self) -> bytes:
-        """Return a PNG of the whole page, not only of the window."""
-        import base64
-
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        return base64.b64decode(answer["data"])
+        `only` are rules or sets of rules; the rules `also` are about the page and not its frames.
+        """
+        found = []
+        for frame in self.page.frames:
+            whole = frame is self.page.main_frame
+            rules = {name: {"enabled": True} for name in also if whole}
+            rules |= {name: {"enabled": False} for name in without}
+            if not frame.evaluate("() => 'axe' in window"):
+                frame.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
+            found += frame.evaluate(AXE, {"runOnly": only, "rules": rules})
+        return found
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """Start Chromium with a profile of its own; stop it and remove the profile at the end."""
-    import urllib.request
-
+    """Start Chromium; stop it at the end."""
     path = executable()
     if path is None:
         raise FileNotFoundError("no Chromium on this machine")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        process = subprocess.Popen(
-            [path, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
-        try:
-            file = Path(profile) / "DevToolsActivePort"
-            deadline = time.monotonic() + 60
-            while not file.exists() or len(file.read_text().split()) < 2:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("Chromium did not start")
-                time.sleep(0.1)
-            port = file.read_text().split()[0]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
-                pages = [entry for entry in json.load(answer) if entry["type"] == "page"]
-            yield Browser(pages[0]["webSocketDebuggerUrl"])
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+        yield started
+        started.close()
+
+
+def tab(opened: Browser, *, width: int = 1300, theme: str = "light", **more: Any) -> Tab:
+    """Open a tab `width` px wide, light or dark; a narrow one is a phone."""
+    phone = {"is_mobile": True, "has_touch": True} if width < 600 else {}
+    size = {"width": width, "height": 900}
+    return Tab(opened.new_page(viewport=size, color_scheme=theme, **phone, **more))

@@ -1,8 +1,10 @@
 """Fixtures every test may use."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +31,34 @@ def run_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every chapter on `demo`, as `make book` does, and return the folder of the results.
 
     The tests of the notebooks and those of the pages look at this one run.
+    Where a chapter ends, its checks are asked about wrong answers (tests/wrong_answers/judge.py).
     """
     out = tmp_path_factory.mktemp("run") / "notebooks"
     command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
+    command += ["--also", ROOT / "tests" / "wrong_answers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Make a git checkout of its own that holds what this one tracks, as it is now."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+
+    def make() -> Path:
+        root = tmp_path_factory.mktemp("checkout")
+        for name in filter(None, listed.stdout.split("\0")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+        me = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+        for command in (["init", "-q"], ["add", "-A", "-f"], [*me, "commit", "-q", "-m", "all"]):
+            subprocess.run(["git", *command], cwd=root, check=True)
+        return root
+
+    return make
 
 
 @pytest.fixture(autouse=True)

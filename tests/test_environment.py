@@ -153,7 +153,7 @@ def imported(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    own = {p.stem for f in ("tools", "tests", "src") for p in (ROOT / f).rglob("*.py")} | {
+    own = {p.stem for f in ("tools", "tests", "src", "book") for p in (ROOT / f).rglob("*.py")} | {
         "helpers"
     }
     return {
@@ -167,7 +167,8 @@ def imported(folder: str) -> set[str]:
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
         # these come with papermill, ipykernel and scikit-learn
         ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
-        ("tests", ("book", "test"), {"zarr", "httpx", "requests"}),
+        ("book", ("book",), {"docutils"}),  # comes with jupyter-book
+        ("tests", ("book", "test"), {"zarr", "httpx", "requests", "nbclient", "docutils"}),
     ],
 )
 def test_what_is_imported_is_installed(

@@ -1,15 +1,13 @@
 """Files arrive whole or not at all: the cache, and the hub's real client against a local server."""
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_web import hub_file, web
 
 from helpers import catalog, files
 from helpers.files import DataError, atomic
@@ -121,43 +119,10 @@ BODY = b"yaxis,xaxis,r\n" * 1000
 PATH = f"/datasets/{catalog.DATASET}/resolve/{catalog.REVISION}/ST/coord/S_coord.csv"
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers like the hub for one file; `server.body` is what it sends."""
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        if self.path != PATH:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", catalog.REVISION)
-        self.send_header("ETag", f'"{hashlib.sha256(BODY).hexdigest()}"')
-        self.send_header("Content-Length", str(len(BODY)))
-        self.end_headers()
-        if body:
-            self.wfile.write(self.server.body)
-            self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
     """A local server, and a function that asks for a slide's coordinates in a fresh process."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.body = BODY
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
@@ -173,8 +138,9 @@ def hub(tmp_path):
             [sys.executable, "-c", code, slide], env=environment, capture_output=True, text=True
         )
 
-    yield server, ask
-    server.shutdown()
+    with web({PATH: hub_file(BODY, catalog.REVISION)}) as server:
+        environment["HF_ENDPOINT"] = server.address
+        yield server, ask
 
 
 def test_hub_file_arrives_and_is_found_again_without_the_hub(hub):
@@ -187,11 +153,11 @@ def test_hub_file_arrives_and_is_found_again_without_the_hub(hub):
 
 def test_hub_file_of_wrong_bytes_is_refused_and_not_kept(hub):
     server, ask = hub
-    server.body = BODY.replace(b"y", b"z")
+    server.answers[PATH].body = BODY.replace(b"y", b"z")
     result = ask()
     assert "slide S" in result.stderr
     assert "do not match their hash" in result.stderr
-    server.body = BODY
+    server.answers[PATH].body = BODY
     assert Path(ask().stdout.strip()).read_bytes() == BODY
 
 

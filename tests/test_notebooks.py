@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from small_chapter import chapter, code, markdown, one_round
 
 import anatomy
 import notebooks as nbs
 import outputs as outputs_of
+from new_chapter import chapter, code, markdown, one_round
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -88,7 +88,7 @@ BROKEN: list[tuple[str, str, Callable[[Notebook], None]]] = [
     ("title", "In one sentence", replace("title", "**In one sentence.**", "")),
     ("title", "no link", replace("title", "01_small", "02_other")),
     ("objectives", "does not start", replace("objectives", "## Objectives", "## Aims")),
-    ("objectives", "three to five", replace("objectives", "- Change it.\n", "")),
+    ("objectives", "three to five", replace("objectives", "- Stop after five lines.\n", "")),
     ("objectives", "**Data.**", replace("objectives", "**Data.**", "Data")),
     ("opening", "not the code cell", insert(2, markdown("stray", "A stray cell."))),
     ("opening", "not exactly one", insert(8, code("again", "SIZE = 3  # px", "parameters"))),
@@ -250,11 +250,6 @@ def test_figure_names_are_unique_over_the_book() -> None:
         if "figure" in nbs.tags(c)
     ]
     assert len(names) == len(set(names))
-
-
-def test_colab_installs_the_repository_of_the_config() -> None:
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    assert config["repository"]["url"] == anatomy.REPOSITORY
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ import json
 
 import anndata as ad
 import h5py
+import made_own
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 from scipy import sparse
 
 from helpers import genes, own, slides
@@ -17,49 +17,11 @@ from helpers.files import DataError
 @pytest.fixture
 def outs(tmp_path):
     """A Space Ranger folder of 36 spots, as version 2 writes it."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "Mine"
-    (folder / "spatial").mkdir(parents=True)
-    barcodes = [f"ACGT{i:04d}-1" for i in range(36)]
-    matrix = sparse.csc_matrix(rng.poisson(1, (5, 36)).astype(np.int32))  # genes x spots
-    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
-        group = file.create_group("matrix")
-        group["data"], group["indices"], group["indptr"] = (
-            matrix.data,
-            matrix.indices,
-            matrix.indptr,
-        )
-        group["shape"] = matrix.shape
-        group["barcodes"] = np.array(barcodes, dtype="S")
-        features = group.create_group("features")
-        names = ["Ga", "Gb", "Gc", "Gd", "Gd"]
-        features["id"] = np.array([f"ENS{i}" for i in range(5)], dtype="S")
-        features["name"] = np.array(names, dtype="S")
-        features["feature_type"] = np.array(["Gene Expression"] * 5, dtype="S")
-        features["genome"] = np.array(["X"] * 5, dtype="S")
-    row, col = np.divmod(np.arange(36), 6)
-    pd.DataFrame(
-        {
-            "barcode": barcodes,
-            "in_tissue": 1,
-            "array_row": row,
-            "array_col": col,
-            "pxl_row_in_fullres": 100 + 100 * row,
-            "pxl_col_in_fullres": 60 + 100 * col,
-        }
-    ).to_csv(folder / "spatial/tissue_positions.csv", index=False)
-    (folder / "spatial/scalefactors_json.json").write_text(
-        json.dumps({"spot_diameter_fullres": 65.0, "tissue_hires_scalef": 0.5})
-    )
-    picture = np.full((360, 400, 3), 245, np.uint8)
-    picture[20:330, 10:310] = (200, 120, 170)
-    Image.fromarray(picture).save(folder / "spatial/tissue_hires_image.png")
-    return folder
+    return made_own.space_ranger(tmp_path / "Mine")
 
 
 def test_space_ranger_with_the_full_image_counts_its_px(outs, tmp_path):
-    full = tmp_path / "full.tif"
-    Image.open(outs / "spatial/tissue_hires_image.png").resize((800, 720)).save(full)
+    full = made_own.full_image(outs, tmp_path / "full.tif")
     adata = own.read_space_ranger(outs, image_file=full)
     assert adata.obsm["spatial"][1].tolist() == [160.0, 100.0]
     assert slides.um_per_px(adata) == pytest.approx(1.0)
@@ -153,11 +115,7 @@ def test_space_ranger_matrix_cut_off(outs):
 @pytest.fixture
 def h5ad(outs, tmp_path):
     """The same slide as h5ad, with its image."""
-    adata = own.read_space_ranger(outs)
-    image = slides.image_path(adata)
-    bare = ad.AnnData(adata.X, obs=adata.obs[[]], var=adata.var[[]], obsm=dict(adata.obsm))
-    bare.write_h5ad(tmp_path / "mine.h5ad")
-    return tmp_path / "mine.h5ad", image
+    return made_own.h5ad(outs, tmp_path / "mine.h5ad")
 
 
 def test_h5ad_has_the_books_columns(h5ad):
@@ -209,6 +167,25 @@ def test_h5ad_without_coordinates(h5ad):
     adata.write_h5ad(h5ad[0])
     with pytest.raises(DataError, match="spatial"):
         own.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_symbols_come_from_a_column_and_repeated_ones_are_added_up(h5ad, caplog):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.var["symbol"] = ["Ga", "Gb", "Gb", "Gd"]
+    adata.var_names = [f"ENSMUSG0000000000{i}" for i in range(4)]
+    adata.write_h5ad(h5ad[0])
+    assert own.read_h5ad(h5ad[0], image_file=h5ad[1]).n_vars == 4
+    assert "named by ids (ENSMUSG00000000000)" in caplog.text
+    caplog.clear()
+    again = own.read_h5ad(h5ad[0], image_file=h5ad[1], symbols="symbol")
+    assert list(again.var_names) == ["Ga", "Gb", "Gd"]
+    assert again.X.sum() == adata.X.sum()
+    assert "named by ids" not in caplog.text
+
+
+def test_h5ad_without_the_column_of_symbols(h5ad):
+    with pytest.raises(DataError, match=r"slide mine.* var has no column 'symbol'"):
+        own.read_h5ad(h5ad[0], image_file=h5ad[1], symbols="symbol")
 
 
 def test_h5ad_cut_off(h5ad):

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_chapter import chapter
 
 import build_book
 import check_environment
 import notebooks as nbs
 import run_notebooks
 from helpers import catalog
+from new_chapter import chapter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,6 +134,14 @@ def test_a_failing_cell_stops_the_run_and_is_shown(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out.")] == []
 
 
+def test_a_chapter_leaves_nothing_for_another_to_find(folder: Path, tmp_path: Path) -> None:
+    change(folder / "01_small.ipynb", "code-2", 'open("table.csv", "w").close()')
+    done = script("run_notebooks", "01", "--notebooks", folder, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "chapter 01_small leaves table.csv behind" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_traceback_is_in_sight(folder: Path, tmp_path: Path) -> None:
     change(folder / "01_small.ipynb", "code-2", "def f():\n    return 1 / 0\n\n\nf()")
     done = script("run_notebooks", "--notebooks", folder, "--out", tmp_path / "out")
@@ -211,6 +219,66 @@ def test_a_chapter_that_failed_is_not_kept(
     with pytest.raises(run_notebooks.NotebookError):
         run_notebooks.run(folder, tmp_path / "out", "demo", ["01"], 60, tmp_path / "kept")
     assert not list(tmp_path.glob("kept/*"))
+
+
+@pytest.fixture
+def also(tmp_path: Path) -> Path:
+    """Code to run after chapter 1, which sees a variable of the chapter."""
+    made = tmp_path / "also"
+    made.mkdir()
+    (made / "01_small.py").write_text("asked = [check_1(1 + 1)]\n")
+    (made / "judge.py").write_text('print("judged")\nassert asked == ["Correct: the sum"]\n')
+    return made
+
+
+def test_what_runs_after_a_chapter_is_not_written(folder: Path, tmp_path: Path, also: Path) -> None:
+    with (also / "judge.py").open("a") as judge:
+        judge.write(f"open({str(also / 'ran')!r}, 'w')")
+    options = ("--notebooks", folder, "--jobs", "2", "--out", tmp_path / "out", "--also", also)
+    done = script("run_notebooks", *options)
+    assert done.returncode == 0, done.stderr
+    assert (also / "ran").exists()
+    for path in folder.glob("*.ipynb"):
+        cells = nbs.read(tmp_path / "out" / path.name)["cells"]
+        assert [c["id"] for c in cells] == [c["id"] for c in nbs.read(path)["cells"]]
+        assert "judged" not in printed(cells) != ""
+
+
+def test_what_fails_after_a_chapter_stops_the_run(folder: Path, tmp_path: Path, also: Path) -> None:
+    (also / "01_small.py").write_text("asked = []\n")
+    options = ("01", "--notebooks", folder, "--out", tmp_path / "out", "--also", also)
+    done = script("run_notebooks", *options)
+    assert done.returncode == 1
+    assert "chapter 01_small, cell also (number added for this run)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kept_chapter_proves_only_what_ran_after_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also: Path
+) -> None:
+    runs = []
+
+    def execute(path: Path, out: Path, _study: str, _timeout: int, asked: Path | None) -> object:
+        runs.append((path.stem, asked))
+        shutil.copyfile(path, out / path.name)
+        return run_notebooks.Run(1.0, 1.0, run_notebooks.digest(path))
+
+    def book(asked: Path | None) -> list[str]:
+        runs.clear()
+        out, keep = tmp_path / "out", tmp_path / "kept"
+        run_notebooks.run(folder, out, "demo", None, 60, keep, also=asked)
+        assert all(given == asked for _, given in runs)
+        return [name for name, _ in runs]
+
+    monkeypatch.setattr(run_notebooks, "execute", execute)
+    assert book(None) == ["01_small", "02_other"]
+    assert book(also) == ["01_small"]  # it was kept, but nobody had asked; 02 has nothing to ask
+    assert book(also) == book(None) == []
+    (also / "judge.py").write_text("")
+    assert book(also) == ["01_small"]
+    change(folder / "01_small.ipynb", "setup", "a = 2")
+    assert book(also) == ["01_small"]
+    assert book(None) == []  # as `make book` after `make test`
 
 
 def printed(cells: list[dict]) -> str:

@@ -12,13 +12,16 @@ import re
 from collections.abc import Iterator
 
 import notebooks as nbs
+import repository
 from notebooks import Cell, Notebook
 
-REPOSITORY = "https://github.com/stimage-book/stimage-book"
+REPOSITORY = repository.url()
+# Unconstrained, pip would replace Colab's numpy, pandas and IPython, which its kernel has imported.
 COLAB_GUARD = f"""import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "stimage-book @ git+{REPOSITORY}\""""
+    %pip list --format=freeze > preinstalled.txt
+    %pip install -q -c preinstalled.txt "stimage-book @ git+{REPOSITORY}\""""
 FIRST_TAGS = ("colab", "imports", "parameters", "setup")
 LAST_HEADINGS = ("Key points", "Limits", "What is next", "References")
 MAX_LINES, MAX_IMPORT_LINES = 20, 15

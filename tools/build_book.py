@@ -7,21 +7,28 @@ The pages replace the last ones in _build/<study>/html only when the whole build
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import dataset_page
+import study_pages
 from run_notebooks import RECORD, ROOT, digest, helpers_digest, no_progress_bars
 
+JUPYTER_BOOK = (sys.executable, "-c", "from jupyter_book.cli.main import main; main()")
+ZIP = "stimage-book.zip"
+OFFLINE_LINK = re.compile(rb'<a class="offline-copy"[^>]*>(.*?)</a>')
 AGAIN = "Run `make book` (or tools/run_notebooks.py without names) again."
 
 
@@ -60,16 +67,35 @@ def stage(root: Path, executed: Path, folder: Path, study: str) -> None:
     folder.mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)
-    shutil.copytree(root / "book", folder / "book")
-    shutil.copytree(executed, folder / "notebooks", ignore=shutil.ignore_patterns(RECORD))
+    shutil.copytree(root / "book", folder / "book", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(executed, folder / "notebooks")
     dataset_page.stage(folder, study)
+    study_pages.stage(folder, study)
+
+
+def pack(html: Path) -> None:
+    """Put all pages into one zip beside them, with its SHA-256: the same bytes from the same pages.
+
+    The link to the zip itself is left out of the copy inside, where it would lead nowhere.
+    """
+    files = sorted(path for path in html.rglob("*") if path.is_file())
+    with zipfile.ZipFile(html / ZIP, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in files:
+            name = zipfile.ZipInfo(f"stimage-book/{path.relative_to(html).as_posix()}")
+            name.compress_type, name.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            content = path.read_bytes()
+            if path.suffix == ".html":
+                content = OFFLINE_LINK.sub(rb"\1", content)
+            archive.writestr(name, content)
+    total = hashlib.sha256((html / ZIP).read_bytes()).hexdigest()
+    (html / f"{ZIP}.sha256").write_text(f"{total}  {ZIP}\n", encoding="utf-8")
 
 
 def build(source: Path, html: Path) -> bool:
     """Build the pages and put them in place; return whether that succeeded."""
     with tempfile.TemporaryDirectory(prefix="html.", dir=html.parent) as scratch:
         command = [
-            *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()"),
+            *JUPYTER_BOOK,
             *("build", str(source), "--path-output", scratch),
             *("-n", "-W", "--keep-going", "--quiet"),
         ]
@@ -78,6 +104,7 @@ def build(source: Path, html: Path) -> bool:
         if done.returncode != 0:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
             return False
+        pack(Path(scratch) / "_build" / "html")
         old = Path(scratch) / "old"
         if html.exists():
             html.rename(old)

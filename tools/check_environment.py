@@ -6,6 +6,7 @@ FAIL is what stops the book, NOTE what changes how it runs; the exit status is 1
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -135,6 +136,26 @@ def dataset() -> Iterator[Line]:
     yield "OK", "Dataset", f"{slides} slides in {root} ({', '.join(found)})"
 
 
+def bundle(folder: Path = ROOT) -> Iterator[Line]:
+    """Compare the files of the workshop edition with their checksums; notebooks are to be edited.
+
+    Nothing is looked at elsewhere, where there are no checksums.
+    """
+    sums = folder / "SHA256SUMS"
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.exists() else []
+    wanted = dict(line.split("  ", 1)[::-1] for line in lines if not line.endswith(".ipynb"))
+    bad = []
+    for name, digest in wanted.items():
+        path = folder / name
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            bad.append(name)
+    if bad:
+        some = f"{len(bad)} of {len(wanted)} files are missing or changed, first {bad[0]}"
+        yield "FAIL", "Workshop", f"{some}: unpack the zip again"
+    elif wanted:
+        yield "OK", "Workshop", f"{len(wanted)} files, all as they were packed"
+
+
 def hub(address: str = HUB) -> Iterator[Line]:
     """Try to reach the hub; give up soon, because a workshop may be offline."""
     parts = urlsplit(address)
@@ -158,7 +179,7 @@ def hub(address: str = HUB) -> Iterator[Line]:
 def main() -> int:
     """Print the lines and return the exit status."""
     failed = 0
-    for look in (python, packages, gpu, memory, disk, dataset, hub):
+    for look in (python, packages, gpu, memory, disk, dataset, bundle, hub):
         for status, what, found in look():
             failed += status == "FAIL"
             print(f"{status:4}  {what:18} {found}", flush=True)

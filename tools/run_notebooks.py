@@ -8,6 +8,9 @@ The folder also gets ``run.json``: what ran, from which sources, how long and wi
 
 A chapter that ran is kept in _build/chapters and taken from there while nothing has changed that it
 depends on, so that a book which stopped at chapter 7 goes on at chapter 7; ``--fresh`` runs all.
+
+``--also FOLDER`` runs code of a folder after the last cell of a chapter, in its kernel; what is
+written and kept is the chapter without it (tests/wrong_answers asks the chapters' checks this way).
 """
 
 from __future__ import annotations
@@ -41,12 +44,17 @@ KEPT = ROOT / "_build" / "chapters"
 RECORD = "run.json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 GB_PER_CHAPTER = 4
+ALSO = "also"
+"""The id of the cell that ``--also`` adds."""
 FIRST = "01"
 """Chapter 1 runs alone: it has the data ready for all others."""
 WAIT_FOR = {"08": "07", "09": "07", "10": "07", "11": "07"}
 """These use the tower that chapter 7 trains; at the same time, each would train its own."""
 LONG = ("07", "08", "05", "11", "09")
 """Begun before others, from the longest on, so that no core is idle at the end."""
+BEHIND = (
+    "behind: what a chapter keeps belongs in the cache, by a helper, so that all run in any order"
+)
 UNTOUCHED = "The pages of the last good run, if there are any, are untouched."
 
 Show = Callable[[list[str]], None]  # takes the names of the chapters that run now
@@ -188,10 +196,24 @@ def differing(notebook: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any
     return {k: v for k, v in wanted.items() if have.get(k) != v}
 
 
+def also_code(path: Path, also: Path | None) -> str:
+    """Return what runs after a chapter: ``<chapter>.py``, then what ``judge.py`` does with it."""
+    own = also / f"{path.stem}.py" if also else None
+    if not (own and own.exists()):
+        return ""
+    return "\n".join(p.read_text(encoding="utf-8") for p in (own, also / "judge.py"))
+
+
+def proof(path: Path, also: Path | None) -> str:
+    """Return the name of the mark that a kept chapter has passed what runs after it, or ""."""
+    code = also_code(path, also)
+    return f"also-{hashlib.sha256(code.encode()).hexdigest()[:16]}" if code else ""
+
+
 def clean(notebook: dict[str, Any]) -> dict[str, Any]:
     """Return an executed notebook without times, local paths and papermill's own marks."""
     cells = []
-    for cell in notebook["cells"]:
+    for cell in (c for c in notebook["cells"] if c.get("id") != ALSO):
         kept = {k: v for k, v in cell["metadata"].items() if k in nbs.CELL_METADATA}
         cell = {**cell, "metadata": kept}
         if "injected-parameters" in kept.get("tags", []):
@@ -208,7 +230,7 @@ def failure(path: Path, executed: dict[str, Any], error: Exception) -> str:
     code = [c for c in executed["cells"] if c["cell_type"] == "code"]
     bad = next(c for c in reversed(code) if c["metadata"].get("papermill", {}).get("start_time"))
     ids = [c["id"] for c in nbs.read(path)["cells"]]
-    number = ids.index(bad["id"]) + 1 if bad["id"] in ids else "added by papermill"
+    number = ids.index(bad["id"]) + 1 if bad["id"] in ids else "added for this run"
     traceback = "\n".join(getattr(error, "traceback", [str(error)]))
     kind = getattr(error, "ename", type(error).__name__)
     what = f"{kind}: {getattr(error, 'evalue', error)}".splitlines()[0]
@@ -216,8 +238,10 @@ def failure(path: Path, executed: dict[str, Any], error: Exception) -> str:
     return f"{head}\n\n{nbs.source(bad).rstrip()}\n\n{ANSI.sub('', traceback).rstrip()}\n\n{head}"
 
 
-def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
+def execute(path: Path, out: Path, study: str, timeout: int, also: Path | None = None) -> Run:
     """Execute one chapter in a fresh kernel and a folder of its own; write it to ``out``.
+
+    Code of ``also`` runs after its last cell, and is not written.
 
     Raises
     ------
@@ -228,22 +252,32 @@ def execute(path: Path, out: Path, study: str, timeout: int) -> Run:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    wanted = differing(nbs.read(path), {"STUDY": study})
+    notebook = nbs.read(path)
+    wanted = differing(notebook, {"STUDY": study})
+    if code := also_code(path, also):
+        cell = {"cell_type": "code", "id": ALSO, "source": code, "metadata": {}, "outputs": []}
+        notebook["cells"].append(cell | {"execution_count": None})
     start, memory = time.perf_counter(), PeakMemory()
     memory.start()
     with tempfile.TemporaryDirectory(prefix="chapter-") as folder:
-        scratch = Path(folder) / path.name
+        source, scratch = Path(folder) / f"source-{path.name}", Path(folder) / path.name
+        nbs.write(notebook, source)
         try:
             papermill.execute_notebook(
-                path, scratch, wanted, cwd=folder, kernel_name="python3", progress_bar=False,
+                source, scratch, wanted, cwd=folder, kernel_name="python3", progress_bar=False,
                 execution_timeout=timeout, **kernel_settings(),
             )  # fmt: skip
         except (PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
             raise NotebookError(path.stem, failure(path, nbs.read(scratch), error)) from None
         finally:
             peak = memory.stop()
-        nbs.write(clean(nbs.read(scratch)), out / path.name)
-    return Run(round(time.perf_counter() - start, 1), round(peak), digest(path))
+        if left := sorted(p.name for p in Path(folder).iterdir() if p not in (scratch, source)):
+            raise NotebookError(path.stem, f"chapter {path.stem} leaves {', '.join(left)} {BEHIND}")
+        done, seconds = nbs.read(scratch), time.perf_counter() - start
+        nbs.write(clean(done), out / path.name)
+    for cell in (c for c in done["cells"] if c.get("id") == ALSO):  # no part of the chapter
+        seconds -= cell["metadata"]["papermill"]["duration"]
+    return Run(round(seconds, 1), round(peak), digest(path))
 
 
 def place_to_keep(path: Path, keep: Path, shared: str) -> Path:
@@ -258,8 +292,8 @@ def take(path: Path, out: Path, folder: Path) -> Run:
     return Run(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
 
 
-def store(path: Path, out: Path, done: Run, folder: Path) -> None:
-    """Keep an executed chapter with its record; another run may be doing the same."""
+def store(path: Path, out: Path, done: Run, folder: Path, mark: str = "") -> None:
+    """Keep an executed chapter with its record, marked; another run may be doing the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent))  # renamed when complete
     shutil.copyfile(out / path.name, fresh / path.name)
@@ -269,7 +303,9 @@ def store(path: Path, out: Path, done: Run, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-        shutil.rmtree(fresh)  # another run was quicker
+        shutil.rmtree(fresh)  # another run was quicker, or what it kept was not marked
+    if mark:
+        (folder / mark).touch()
 
 
 def kernel_settings() -> dict[str, Any]:
@@ -295,7 +331,7 @@ def next_ones(waiting: list[Path], running: list[Path]) -> list[Path]:
 
 
 def side_by_side(
-    todo: list[Path], out: Path, study: str, timeout: int, jobs: int, show: Show
+    todo: list[Path], out: Path, study: str, timeout: int, also: Path | None, jobs: int, show: Show
 ) -> Iterator[tuple[Path, Run]]:
     """Run each chapter by this script in a process of its own; yield them as they end.
 
@@ -306,6 +342,7 @@ def side_by_side(
     """
     waiting, running = list(todo), {}
     options = ["--study", study, "--timeout", str(timeout), "--jobs", "1", "--fresh"]
+    options += ["--also", str(also)] if also else []
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as scratch:
         try:
             while waiting or running:
@@ -334,12 +371,12 @@ def side_by_side(
 
 
 def one_by_one(
-    todo: list[Path], out: Path, study: str, timeout: int, show: Show
+    todo: list[Path], out: Path, study: str, timeout: int, also: Path | None, show: Show
 ) -> Iterator[tuple[Path, Run]]:
     """Execute the chapters here, in order; yield them as they end."""
     for path in todo:
         show([path.stem])
-        yield path, execute(path, out, study, timeout)
+        yield path, execute(path, out, study, timeout, also)
 
 
 def run(
@@ -350,6 +387,7 @@ def run(
     timeout: int,
     keep: Path | None = None,
     jobs: int = 1,
+    also: Path | None = None,
 ) -> dict[str, Any]:
     """Execute the chapters, replace ``out`` by the result, and return the record.
 
@@ -363,7 +401,8 @@ def run(
     fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
 
     places = {p: place_to_keep(p, keep, shared) for p in todo} if keep else {}
-    left = [p for p in todo if not (p in places and places[p].exists())]
+    marks = {p: proof(p, also) for p in todo}
+    left = [p for p in todo if not (p in places and (places[p] / marks[p]).exists())]
     bar = tqdm(total=len(left), desc="chapters", disable=not sys.stderr.isatty(), leave=False)
 
     def note(path: Path, done: Run, more: str = "") -> None:
@@ -378,12 +417,12 @@ def run(
     try:
         for path in [p for p in todo if p not in left]:
             note(path, take(path, fresh, places[path]), "  (ran before, nothing has changed)")
-        ended = one_by_one(left, fresh, study, timeout, show)
+        ended = one_by_one(left, fresh, study, timeout, also, show)
         if jobs > 1 and len(left) > 1:
-            ended = side_by_side(left, fresh, study, timeout, jobs, show)
+            ended = side_by_side(left, fresh, study, timeout, also, jobs, show)
         for path, done in ended:
             if keep:
-                store(path, fresh, done, places[path])
+                store(path, fresh, done, places[path], marks[path])
             note(path, done)
             bar.update()
         record["chapters"] = {p.stem: asdict(runs[p.stem]) for p in todo}
@@ -435,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: _build/<study>/notebooks")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that one cell may take")
     parser.add_argument("--fresh", action="store_true", help="run even what has not changed")
+    parser.add_argument("--also", type=Path, help="a folder with code to run after each chapter")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -454,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         folder, names = options.notebooks, options.names
-        record = run(folder, out, options.study, names, options.timeout, keep, jobs)
+        record = run(folder, out, options.study, names, options.timeout, keep, jobs, options.also)
     except NotebookError as error:
         print(f"\n{error}\n\n{UNTOUCHED}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from platformdirs import user_cache_path
+from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,15 @@ class DataError(ValueError):
             (f"{where}: " if where else "") + what + (f". Fix: {fix}." if fix else ".")
         )
         self.slide, self.file = slide, file
+
+
+def progress(*args: object, disable: bool = False, **options: object) -> tqdm:
+    """Return a progress bar: a widget in a notebook, text elsewhere, nothing under TQDM_DISABLE.
+
+    Takes what tqdm takes, whose widgets alone do not look at TQDM_DISABLE.
+    """
+    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return tqdm(*args, disable=disable or off, **options)
 
 
 def cache_dir() -> Path:

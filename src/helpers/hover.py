@@ -321,7 +321,6 @@ canvas.addEventListener("keydown", (event) => {
   });
   if (found >= 0) show(found);
 });
-window.addEventListener("resize", layout);
-layout();
+new ResizeObserver(layout).observe(canvas); /* its size may come after this script */
 </script></body></html>
 """

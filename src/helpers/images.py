@@ -200,7 +200,7 @@ def _sniff(path: Path, slide: str | None) -> str:
         what = "this is a git-lfs pointer, not the image it points to"
     else:
         what = f"this is not a PNG, JPEG or TIFF (it begins with {head[:8]!r})"
-    raise DataError(what, slide=slide, file=path, fix=_FETCH)
+    raise DataError(what, slide=slide, file=path, fix=f"{_FETCH}, or save it as TIFF")
 
 
 def _bound(pixels: int, path: Path, slide: str | None) -> None:

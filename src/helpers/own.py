@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -14,6 +15,8 @@ from helpers.files import DataError
 from helpers.slides import attach_image, shared_ids
 
 logger = logging.getLogger(__name__)
+
+ENSEMBL = r"ENS[A-Z]*G\d{11}(\.\d+)?"  # the id of a gene, as ENSG00000139618
 
 
 def read_space_ranger(
@@ -47,15 +50,18 @@ def read_space_ranger(
     matrix = _need(folder / "filtered_feature_bc_matrix.h5", slide)
     factors = _scale_factors(folder / "spatial" / "scalefactors_json.json", slide)
     try:
-        adata = sc.read_10x_h5(matrix)
+        with warnings.catch_warnings():  # repeated symbols are added up below
+            warnings.filterwarnings("ignore", "Variable names are not unique")
+            adata = sc.read_10x_h5(matrix)
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise DataError(f"not a 10x count matrix ({error})", slide=slide, file=matrix) from error
     if not adata.obs_names.is_unique:
         raise DataError("a barcode stands twice", slide=slide, file=matrix)
+    adata = _unique_genes(adata, slide, matrix)
     positions = _positions(folder / "spatial", slide)
     positions = positions[positions["in_tissue"] == 1]
     shared = shared_ids(positions.index, adata.obs_names, slide, matrix)
-    adata = _unique_genes(adata[shared].copy(), slide, matrix)
+    adata = adata[shared].copy()
     bin_um = factors.get("bin_size_um")
     scale, factor = factors.get("microns_per_pixel"), 1.0
     if image_file is None:
@@ -78,6 +84,7 @@ def read_h5ad(
     tech: str = "Visium",
     um_per_px: float | None = None,
     bin_um: float | None = None,
+    symbols: str | None = None,
     slide: str | None = None,
 ) -> ad.AnnData:
     """Read a slide from h5ad: raw counts in ``X`` or ``layers["counts"]``, ``obsm["spatial"]``.
@@ -91,6 +98,8 @@ def read_h5ad(
     tech, um_per_px, bin_um
         The array (``"ST"``, ``"Visium"``, ``"VisiumHD"``), from whose geometry the scale is
         derived, or the scale itself; for Visium HD the side of a bin in um, 8 when not given.
+    symbols
+        The column of ``var`` with the gene symbols, where its index has something else.
     slide
         A name for the slide; the file's when not given.
 
@@ -105,6 +114,11 @@ def read_h5ad(
         adata = ad.read_h5ad(_need(path, slide))
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"not an h5ad file ({error})", slide=slide, file=path) from error
+    if symbols is not None:
+        if symbols not in adata.var:
+            fix = f"one of {list(adata.var)}"
+            raise DataError(f"var has no column {symbols!r}", slide=slide, file=path, fix=fix)
+        adata.var_names = adata.var[symbols].astype(str)
     if "spatial" not in adata.obsm:
         raise DataError('obsm["spatial"] (x, y in px) is missing', slide=slide, file=path)
     xy = np.asarray(adata.obsm["spatial"], dtype=float)
@@ -147,7 +161,19 @@ def _own(
             adata.obs[key] = pd.Categorical([value] * adata.n_obs)
     if "label" not in adata.obs:
         adata.obs["label"] = pd.Categorical([np.nan] * adata.n_obs)
-    image_file = _need(image_file, slide)
+    if not image_file.is_file():
+        raise DataError(
+            "the image is missing",
+            slide=slide,
+            file=image_file,
+            fix="give the file that Space Ranger was given as --image, which it does not copy; its "
+            "own spatial/tissue_hires_image.png is a thumbnail with a scale of its own",
+        )
+    if adata.var_names.str.fullmatch(ENSEMBL).mean() > 0.5:
+        logger.warning(
+            "slide %s: its genes are named by ids (%s), panels name symbols; read_h5ad takes them "
+            "from the column of var that you give as symbols=", slide, adata.var_names[0],
+        )  # fmt: skip
     return attach_image(
         adata, slide, image_file, tech, radius_px=None, image=True, scale=scale, bin_um=bin_um
     )

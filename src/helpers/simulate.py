@@ -24,9 +24,9 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.stats import norm
-from tqdm import tqdm
 
 from helpers import catalog
+from helpers.files import progress
 
 __all__ = ["demo_root", "truth", "write_study"]
 
@@ -395,7 +395,7 @@ def write_study(root: Path, seed: int = 0) -> None:
         The same seed writes the same study.
     """
     genes = _genes(np.random.default_rng([seed, 0]))
-    sections = tqdm(catalog.study("demo").sections, desc="simulating demo", unit="slide")
+    sections = progress(catalog.study("demo").sections, desc="simulating demo", unit="slide")
     spots, facts = zip(*(_write_section(root, s, genes, seed) for s in sections), strict=True)
     for folder in ("truth", "meta"):
         (root / folder).mkdir(exist_ok=True)

@@ -15,10 +15,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
 from helpers import catalog, counts, images
-from helpers.files import DataError
+from helpers.files import DataError, progress
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def load_study(
     dict from slide name to AnnData; see `load`.
     """
     study = catalog.study(name)
-    bar = tqdm(study.sections, desc=f"{name}: slides", unit="slide")
+    bar = progress(study.sections, desc=f"{name}: slides", unit="slide")
     return {s.slide: load(s.slide, root=root, study=name, image=image) for s in bar}
 
 

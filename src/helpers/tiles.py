@@ -38,7 +38,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from helpers import images, slides
-from helpers.files import DataError, atomic, cache_dir, digest, fingerprint
+from helpers.files import DataError, atomic, cache_dir, digest, fingerprint, progress
 from helpers.resample import resample, taps
 
 logger = logging.getLogger(__name__)
@@ -311,7 +311,7 @@ def _fill(store: _Store, jobs: list[_Job], settings: dict) -> tuple[pd.DataFrame
     buffer = _buffer(jobs)
     rows, per_slide, start = [], {}, 0
     total = sum(len(job.spots) for job in jobs)
-    with tqdm(total=total, desc="tiles", unit="tile", delay=1, leave=False) as bar:
+    with progress(total=total, desc="tiles", unit="tile", delay=1, leave=False) as bar:
         for job in jobs:
             pixels, sample = _open(job, buffer)
             glass = _glass(sample)

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from skimage.color import hed_from_rgb
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from helpers import weights as stored
-from helpers.files import DataError
+from helpers.files import DataError, progress
 from helpers.weights import CARDS, Card, card, convert
 
 __all__ = [
@@ -408,7 +407,7 @@ def embed(
     tower.to(device).eval()
     try:
         with torch.inference_mode():
-            for i in tqdm(range(0, len(tiles), batch_size), desc="embed", unit="batch"):
+            for i in progress(range(0, len(tiles), batch_size), desc="embed", unit="batch"):
                 pixels = as_pixels(tiles[i : i + batch_size], device)
                 features[i : i + batch_size] = tower(pixels).float().cpu().numpy()
     finally:

@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from helpers import towers
-from helpers.files import DataError, atomic
+from helpers.files import DataError, atomic, progress
 from helpers.model import (
     KS,
     Settings,
@@ -98,8 +98,8 @@ class Run:
         if self.epoch == 0:
             self._measure()
         total, done = settings.epochs * self.steps, self.epoch * self.steps
-        quiet = {"disable": True} if self.rank else {}  # else as TQDM_DISABLE says
-        with tqdm(total=total, initial=done, desc="training", unit="step", **quiet) as bar:
+        show = {"desc": "training", "unit": "step", "disable": self.rank > 0}
+        with progress(total=total, initial=done, **show) as bar:
             while self.epoch < settings.epochs and not self._stale():
                 self.epoch += 1
                 self._one_epoch(bar)

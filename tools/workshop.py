@@ -1,0 +1,187 @@
+"""Make the workshop edition: a folder and a zip that work alone, in a room without a network.
+
+_build/workshop holds the chapters without solutions and with them, the helpers, the environment
+check, the data of the study, the book if it was built, and checksums; _build/workshop.zip is the
+same in one file, equal bytes from equal content. Both appear complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import string
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import yaml
+
+import notebooks as nbs
+from build_book import refusals
+from helpers import catalog, simulate
+from run_notebooks import RECORD, ROOT, chapters
+
+COPIED = (
+    *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
+    *("src/helpers", "results", "tools/check_environment.py"),
+)
+SUMS = "SHA256SUMS"
+OPEN = ("CC", "MIT")
+"""How licences begin that let slides be passed on."""
+LIMIT_GB = 1.0
+"""More than this is not put into a zip for a room full of people."""
+LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "checkpoint.pt")
+
+
+def edition(notebook: nbs.Notebook, study: str, solutions: bool) -> nbs.Notebook:
+    """Return a chapter for a study, stripped, with or without its solutions."""
+    cells = []
+    for cell in nbs.strip(notebook)["cells"]:
+        if "parameters" in nbs.tags(cell):
+            text = nbs.source(cell).replace('STUDY = "demo"', f'STUDY = "{study}"')
+            cell = {**cell, "source": text.splitlines(keepends=True)}
+        if solutions or "solution" not in nbs.tags(cell):
+            cells.append(cell)
+    return {**nbs.strip(notebook), "cells": cells}
+
+
+def put_chapters(folder: Path, study: str) -> None:
+    """Write both editions of every chapter, and the pages that they link to."""
+    for name in ("exercises", "solutions"):
+        (folder / name).mkdir(parents=True)
+        for path in chapters(ROOT / "notebooks"):
+            made = edition(nbs.read(path), study, solutions=name == "solutions")
+            nbs.write(made, folder / name / path.name)
+    (folder / "book").mkdir()
+    for page in (ROOT / "book").glob("*.md"):
+        shutil.copyfile(page, folder / "book" / page.name)
+
+
+def slide_files(study: catalog.Study) -> dict[str, Path]:
+    """Return the files of a real study, by their path in the official layout."""
+    files = {catalog.METADATA: catalog.metadata_path()}
+    for section in study.sections:
+        kinds = ("image", "coord", "gene_exp") + ("annotation",) * section.annotated
+        for kind in kinds:
+            official = catalog.relative_path(section.slide, kind, section.tech)
+            files[str(official)] = catalog.find(section.slide, kind, tech=section.tech)
+    return files
+
+
+def put_data(folder: Path, study: catalog.Study, with_data: bool) -> str:
+    """Copy the slides, and the models trained here; return what to tell the participants."""
+    data, models = folder / "data", catalog.cache_dir() / "models"
+    data.mkdir()
+    trained = [p.parent for p in sorted(models.glob("*/model.safetensors"))]
+    for model in trained:
+        shutil.copytree(model, data / "models" / model.name, ignore=LEFT_BEHIND)
+    more = f", and {len(trained)} trained models" if trained else ""
+    if study.name == "demo":
+        root = simulate.demo_root()
+        shutil.copytree(root, data / root.name)
+        return f"the simulated slides{more}"
+    if not (with_data or study.licence.startswith(OPEN)):
+        return f"no slides (licence: {study.licence}): set STIMAGE_ROOT to a folder that has them"
+    files = slide_files(study)
+    size = sum(path.stat().st_size for path in files.values()) / 1e9
+    if size > LIMIT_GB:
+        return f"no slides ({size:.1f} GB are too many): set STIMAGE_ROOT to a folder that has them"
+    for official, path in files.items():
+        target = data / "STimage-1K4M" / official
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return f"the slides, {size:.1f} GB in the layout of the dataset{more}"
+
+
+def put_book(folder: Path, study: str) -> str:
+    """Copy the pages if they are those of these chapters; return what to tell the participants."""
+    built = ROOT / "_build" / study
+    record = built / "notebooks" / RECORD
+    if not (record.exists() and (built / "html" / "index.html").exists()):
+        return f"not here: the book was not built (`STUDY={study} make book` builds it)"
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    ran = json.loads(record.read_text(encoding="utf-8"))
+    if reasons := refusals(ran, toc, ROOT, study):
+        return f"not here: the book is out of date ({'; '.join(reasons)})"
+    shutil.copytree(built / "html", folder / "html")
+    return "the book: open `index.html` in a browser"
+
+
+def put_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a folder, as ``sha256sum --check`` reads it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sums = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n"
+        for p in files
+    ]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
+
+
+def pack(folder: Path, target: Path, name: str) -> None:
+    """Write a folder into a zip, sorted and without times, so that equal content is equal bytes."""
+    with zipfile.ZipFile(target, "w") as packed:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            inside = f"{name}/{path.relative_to(folder).as_posix()}"
+            entry = zipfile.ZipInfo(inside, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            packed.writestr(entry, path.read_bytes())
+
+
+def make(out: Path, study: catalog.Study, with_data: bool) -> dict[str, str]:
+    """Fill ``out/workshop`` and ``out/workshop.zip``; return what was said about data and book."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="workshop.", dir=out) as scratch:
+        folder, packed = Path(scratch) / "workshop", Path(scratch) / "workshop.zip"
+        put_chapters(folder, study.name)
+        for name in COPIED:
+            source, target = ROOT / name, folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=LEFT_BEHIND)
+            else:
+                shutil.copyfile(source, target)
+        said = {"data": put_data(folder, study, with_data), "html": put_book(folder, study.name)}
+        about = {"study": study.name, "title": study.title, "source": study.source}
+        for page in (ROOT / "tools" / "participants").glob("[!_.]*.*"):
+            text = string.Template(page.read_text(encoding="utf-8"))
+            filled = text.substitute(about, licence=study.licence, **said)
+            (folder / page.name).write_text(filled, encoding="utf-8", newline="\n")
+        put_checksums(folder)
+        pack(folder, packed, f"stimage-workshop-{study.name}")
+        for made in (folder, packed):
+            if (out / made.name).exists():
+                (out / made.name).rename(Path(scratch) / f"old-{made.name}")
+            made.rename(out / made.name)
+    return said
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the workshop edition; return the exit status."""
+    parser = argparse.ArgumentParser(description="Make the workshop edition of the book.")
+    parser.add_argument("--study", default=os.environ.get("STUDY", "demo"))
+    parser.add_argument("--out", type=Path, default=ROOT / "_build")
+    parser.add_argument(
+        "--with-data",
+        action="store_true",
+        help="put slides in although their licence does not say that they may be passed on",
+    )
+    options = parser.parse_args(argv)
+    out = options.out.resolve()
+    try:
+        said = make(out, catalog.study(options.study), options.with_data)
+    except catalog.DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    packed = out / "workshop.zip"
+    print(f"The workshop edition of study {options.study}:\n  {out / 'workshop'}")
+    print(f"  {packed} ({packed.stat().st_size / 1e6:.0f} MB, sha256 {catalog.sha256(packed)})")
+    print(f"  data/  {said['data']}\n  html/  {said['html']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
