@@ -82,6 +82,7 @@ def anchors_of_file(path: Path) -> frozenset[str]:
 def broken_links(html: str, path: Path) -> list[str]:
     """Return the internal links of a page at `path` whose file or anchor does not exist."""
     page, found = soup(html), []
+    own = anchors(page)
     for element in page.find_all("a", href=True):
         href = element["href"]
         if urlsplit(href).scheme or is_foreign(href):
@@ -91,7 +92,7 @@ def broken_links(html: str, path: Path) -> list[str]:
         if target and not file.is_file():
             found.append(f"{href}: no such file")
         elif anchor and (not target or file.suffix == ".html"):
-            known = anchors_of_file(file.resolve()) if target else anchors(page)
+            known = anchors_of_file(file.resolve()) if target else own
             if unquote(anchor) not in known:
                 found.append(f"{href}: no such anchor")
     return found
