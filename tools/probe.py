@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 import build_book
+import repository
 from build_book import JUPYTER_BOOK
 from run_notebooks import ROOT
 
@@ -32,7 +33,7 @@ SHY = (
 """Hosts that refuse programs. What is gone answers 404 there, too, and that stays broken."""
 REFUSAL = re.compile(r"(?:401|403|418|429) Client Error.* for url: (\S+)")
 LINKCHECK = {
-    "user_agent": "stimage-book weekly link check (https://github.com/stimage-book/stimage-book)",
+    "user_agent": f"weekly link check of {repository.url()}",
     "linkcheck_anchors": False,  # a HEAD request is enough then; a GET follows where it is refused
     "linkcheck_retries": 3,
     "linkcheck_timeout": 30,
