@@ -360,7 +360,7 @@ def test_outside_of_the_workshop_edition_there_is_no_such_line() -> None:
 
 @pytest.fixture
 def mob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.Study:
-    """The study, with files of the right names in STIMAGE_ROOT."""
+    """The study, with files of the right names in STIMAGE_ROOT, and nothing trained."""
     study = catalog.study("mob")
     paths = [
         catalog.relative_path(section.slide, kind, section.tech)
@@ -371,6 +371,7 @@ def mob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.Study:
         (tmp_path / "root" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / path).write_text(str(path))
     monkeypatch.setenv("STIMAGE_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
     return study
 
 
