@@ -341,7 +341,7 @@ def side_by_side(
         A cell of one failed; the others are stopped.
     """
     waiting, running = list(todo), {}
-    options = ["--study", study, "--timeout", str(timeout), "--jobs", "1", "--fresh"]
+    options = ["--study", study, "--timeout", str(timeout), "--jobs", "1", "--fresh", "--ready"]
     options += ["--also", str(also)] if also else []
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as scratch:
         try:
@@ -475,6 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that one cell may take")
     parser.add_argument("--fresh", action="store_true", help="run even what has not changed")
     parser.add_argument("--also", type=Path, help="a folder with code to run after each chapter")
+    parser.add_argument("--ready", action="store_true", help="the files of the study are here")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -487,7 +488,8 @@ def main(argv: list[str] | None = None) -> int:
     absolute_paths()
     if not sys.stderr.isatty():
         no_progress_bars()
-    prepare(options.study)
+    if not options.ready:
+        prepare(options.study)
     jobs = options.jobs or usual_jobs()
     kernel_environment(jobs if len(chapters(options.notebooks, options.names)) > 1 else 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, nothing is left

@@ -393,7 +393,7 @@ def embed(
     tower: nn.Module,
     tiles: np.ndarray,
     *,
-    batch_size: int = 256,
+    batch_size: int = 128,
     device: str | torch.device | None = None,
 ) -> np.ndarray:
     """Return the features of uint8 tiles ``(n, h, w, 3)`` as float32 ``(n, width)``.
