@@ -269,7 +269,7 @@ def test_links_between_chapters_and_pages_lead_somewhere(bundle: Path) -> None:
 
 def test_equal_content_is_an_equal_zip(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "workshop", tmp_path / "copy", copy_function=shutil.copyfile)  # new times
-    workshop.pack(tmp_path / "copy", tmp_path / "copy.zip", "stimage-workshop-demo")
+    workshop.write_zip(tmp_path / "copy.zip", tmp_path / "copy", "stimage-workshop-demo")
     assert (tmp_path / "copy.zip").read_bytes() == (out / "workshop.zip").read_bytes()
 
 
@@ -278,7 +278,7 @@ def test_a_failure_leaves_the_last_edition(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "workshop" / "old").touch()
     (tmp_path / "workshop.zip").write_text("old")
     monkeypatch.setattr(workshop, "put_data", lambda *_: "no slides")
-    monkeypatch.setattr(workshop, "pack", lambda *_: 1 / 0)
+    monkeypatch.setattr(workshop, "write_zip", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         workshop.make(tmp_path, catalog.study("demo"), with_data=False)
     assert set(files(tmp_path)) == {"workshop/old", "workshop.zip"}

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,27 @@ def stage(root: Path, executed: Path, folder: Path, study: str) -> None:
     study_pages.stage(folder, study)
 
 
-def pack(html: Path) -> None:
-    """Put all pages into one zip beside them, with its SHA-256: the same bytes from the same pages.
-
-    The link to the zip itself is left out of the copy inside, where it would lead nowhere.
-    """
-    files = sorted(path for path in html.rglob("*") if path.is_file())
-    with zipfile.ZipFile(html / ZIP, "w", zipfile.ZIP_DEFLATED) as archive:
+def write_zip(
+    target: Path, folder: Path, name: str, read: Callable[[Path], bytes] = Path.read_bytes
+) -> None:
+    """Put the files of a folder into a zip as ``name``: equal bytes from equal content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != target)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
-            name = zipfile.ZipInfo(f"stimage-book/{path.relative_to(html).as_posix()}")
-            name.compress_type, name.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            content = path.read_bytes()
-            if path.suffix == ".html":
-                content = OFFLINE_LINK.sub(rb"\1", content)
-            archive.writestr(name, content)
+            entry = zipfile.ZipInfo(f"{name}/{path.relative_to(folder).as_posix()}")  # of 1980
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, read(path))
+
+
+def without_offline_link(path: Path) -> bytes:
+    """Return a file of the book without the link to the zip, which leads nowhere inside it."""
+    content = path.read_bytes()
+    return OFFLINE_LINK.sub(rb"\1", content) if path.suffix == ".html" else content
+
+
+def pack(html: Path) -> None:
+    """Put all pages into one zip beside them, with its SHA-256."""
+    write_zip(html / ZIP, html, "stimage-book", without_offline_link)
     total = hashlib.sha256((html / ZIP).read_bytes()).hexdigest()
     (html / f"{ZIP}.sha256").write_text(f"{total}  {ZIP}\n", encoding="utf-8")
 

@@ -15,13 +15,12 @@ import shutil
 import string
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import yaml
 
 import notebooks as nbs
-from build_book import refusals
+from build_book import refusals, write_zip
 from helpers import catalog, simulate
 from run_notebooks import RECORD, ROOT, chapters
 
@@ -121,16 +120,6 @@ def put_checksums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
 
 
-def pack(folder: Path, target: Path, name: str) -> None:
-    """Write a folder into a zip, sorted and without times, so that equal content is equal bytes."""
-    with zipfile.ZipFile(target, "w") as packed:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            inside = f"{name}/{path.relative_to(folder).as_posix()}"
-            entry = zipfile.ZipInfo(inside, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            packed.writestr(entry, path.read_bytes())
-
-
 def make(out: Path, study: catalog.Study, with_data: bool) -> dict[str, str]:
     """Fill ``out/workshop`` and ``out/workshop.zip``; return what was said about data and book."""
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +140,7 @@ def make(out: Path, study: catalog.Study, with_data: bool) -> dict[str, str]:
             filled = text.substitute(about, licence=study.licence, **said)
             (folder / page.name).write_text(filled, encoding="utf-8", newline="\n")
         put_checksums(folder)
-        pack(folder, packed, f"stimage-workshop-{study.name}")
+        write_zip(packed, folder, f"stimage-workshop-{study.name}")
         for made in (folder, packed):
             if (out / made.name).exists():
                 (out / made.name).rename(Path(scratch) / f"old-{made.name}")

@@ -48,6 +48,9 @@ def read_space_ranger(
     folder = Path(folder)
     slide = slide or folder.resolve().name
     matrix = _need(folder / "filtered_feature_bc_matrix.h5", slide)
+    if image_file is not None and not Path(image_file).is_file():
+        fix = "give the file that Space Ranger was given as --image, which it does not copy"
+        raise DataError("the image is missing", slide=slide, file=Path(image_file), fix=fix)
     factors = _scale_factors(folder / "spatial" / "scalefactors_json.json", slide)
     try:
         with warnings.catch_warnings():  # repeated symbols are added up below
@@ -161,14 +164,7 @@ def _own(
             adata.obs[key] = pd.Categorical([value] * adata.n_obs)
     if "label" not in adata.obs:
         adata.obs["label"] = pd.Categorical([np.nan] * adata.n_obs)
-    if not image_file.is_file():
-        raise DataError(
-            "the image is missing",
-            slide=slide,
-            file=image_file,
-            fix="give the file that Space Ranger was given as --image, which it does not copy; its "
-            "own spatial/tissue_hires_image.png is a thumbnail with a scale of its own",
-        )
+    image_file = _need(image_file, slide)
     if adata.var_names.str.fullmatch(ENSEMBL).mean() > 0.5:
         logger.warning(
             "slide %s: its genes are named by ids (%s), panels name symbols; read_h5ad takes them "
