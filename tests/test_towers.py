@@ -412,6 +412,67 @@ def test_as_pixels_and_embed() -> None:
     assert towers.embed(tower, seen[:0]).shape == (0, 192)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def looked(own_cache, monkeypatch):
+    """Return a list that grows by the number of tiles, whenever a tower looks at some."""
+    numbers, as_pixels = [], towers.as_pixels
+    monkeypatch.setattr(towers, "as_pixels", lambda t, d: numbers.append(len(t)) or as_pixels(t, d))
+    return numbers
+
+
+def test_a_tower_looks_once_at_a_tile(looked) -> None:
+    tower, seen = towers.load("mini"), picture(96, n=6)
+    seen[3] = seen[1]
+    plain = towers.embed(tower, seen)
+    looked.clear()
+    first = towers.embed(tower, seen[:4], cache=True)
+    more = towers.embed(tower, seen[::-1], cache=True)
+    assert looked == [3, 2]
+    np.testing.assert_allclose(first, plain[:4], atol=1e-5)
+    np.testing.assert_allclose(more, plain[::-1], atol=1e-5)
+    assert first.dtype == more.dtype == np.float32
+
+
+def test_features_of_other_weights_are_not_taken(looked) -> None:
+    tower, seen = towers.load("mini"), picture(96, n=2)
+    before = towers.embed(tower, seen, cache=True)
+    with torch.no_grad():
+        tower.trunk.proj.mul_(2)
+    np.testing.assert_allclose(towers.embed(tower, seen, cache=True), 2 * before, atol=1e-5)
+    assert looked == [2, 2]
+
+
+def test_features_of_a_module_of_another_class_are_not_kept(own_cache) -> None:
+    class Mine(towers.Colour):
+        offset = 0.0
+
+        def forward(self, pixels):
+            return super().forward(pixels) + self.offset
+
+    tower, seen = Mine(), picture(96, n=2)
+    before, tower.offset = towers.embed(tower, seen, cache=True), 1.0
+    np.testing.assert_allclose(towers.embed(tower, seen, cache=True), before + 1, atol=1e-5)
+    assert not list(own_cache.rglob("*.npz"))
+
+
+def test_damaged_features_are_computed_again(own_cache, caplog) -> None:
+    seen = picture(96, n=2)
+    before = towers.embed(towers.load("colour"), seen, cache=True)
+    (file,) = own_cache.rglob("*.npz")
+    file.write_bytes(file.read_bytes()[:-100])
+    np.testing.assert_array_equal(towers.embed(towers.load("colour"), seen, cache=True), before)
+    assert str(file) in caplog.text
+    caplog.clear()
+    towers.embed(towers.load("colour"), seen, cache=True)
+    assert not caplog.text
+
+
 GENES = ["Th", "Penk", "Doc2g", "Kctd12"]
 
 

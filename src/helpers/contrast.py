@@ -8,20 +8,18 @@ that was killed goes on where it stood, to the same weights.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from helpers import genes, towers
 from helpers.files import DataError, atomic, cache_dir, digest
@@ -39,6 +37,7 @@ from helpers.model import (
 )  # fmt: skip
 from helpers.pairs import Pairs, augment, check_apart, pair
 from helpers.training import Run, ranks, share
+from helpers.weights import hashed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -191,9 +190,9 @@ def _key(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Set
         settings=asdict(settings),
         architecture=f"{model!r} {getattr(model.image, 'card', None)}",
         trainable=[name for name, p in model.named_parameters() if p.requires_grad],
-        weights=_hash(x for item in state.items() for x in item),
+        weights=hashed(x for item in state.items() for x in item),
         data=[
-            _hash([p.tiles, p.other, *p.spots.index, *p.spots["slide"], *_names(p)])
+            hashed([p.tiles, p.other, *p.spots.index, *p.spots["slide"], *_names(p)])
             for p in (train, validation)
             if p is not None
         ],
@@ -202,20 +201,6 @@ def _key(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Set
 
 def _names(pairs: Pairs) -> tuple[str, ...]:
     return () if pairs.panel is None else pairs.panel.genes
-
-
-def _hash(values: Iterable) -> str:
-    """SHA-256 over arrays, tensors and names."""
-    result = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if isinstance(value, np.ndarray):
-            result.update(f"{value.shape}{value.dtype}".encode())
-            result.update(np.ascontiguousarray(value))
-        else:
-            result.update(repr(value).encode())
-    return result.hexdigest()
 
 
 def _write(folder: Path, key: str, fitted: Fitted, settings: Settings) -> None:

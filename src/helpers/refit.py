@@ -115,7 +115,8 @@ def features(
     def of(fold: Fold) -> np.ndarray:
         fitted = fit_fold(adatas, spots, fold, side_um=side_um, **options)
         cut = tiles.cut_study(adatas, side_um=side_um, size=size, cache=cache)
-        return towers.embed(fitted.model.image, of_spots(cut, spots), device=options.get("device"))
+        array, device = of_spots(cut, spots), options.get("device")
+        return towers.embed(fitted.model.image, array, device=device, cache=cache)
 
     return of
 

@@ -6,7 +6,9 @@ can feed it what another tower was trained on. Its card and its weights are from
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,15 @@ from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 
 from helpers import weights as stored
-from helpers.files import DataError, progress
+from helpers.files import DataError, atomic, cache_dir, progress
 from helpers.weights import CARDS, Card, card, convert
 
 __all__ = [
     "CARDS", "Card", "Colour", "GeneTower", "ImageTower", "TextTower", "as_pixels", "card",
     "convert", "embed", "freeze", "load", "load_clip",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class ImageTower(nn.Module):
@@ -395,13 +399,24 @@ def embed(
     *,
     batch_size: int = 128,
     device: str | torch.device | None = None,
+    cache: bool = False,
 ) -> np.ndarray:
     """Return the features of uint8 tiles ``(n, h, w, 3)`` as float32 ``(n, width)``.
 
     The tower works in eval mode, without gradients, and stays on the device (a GPU if there is
     one); its mode is restored.
+
+    Parameters
+    ----------
+    tower, tiles, batch_size, device
+        What embeds what, how many at a time, and where.
+    cache
+        Keep the features and compute only those of tiles which these weights have not seen before.
+        For towers of `load` alone; what a module of another class computes, its weights do not say.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if cache and type(tower) in (ImageTower, Colour) and len(tiles):
+        return _remembered(tower, tiles, batch_size, device)
     features = np.empty((len(tiles), tower.width), np.float32)
     training = tower.training
     tower.to(device).eval()
@@ -413,6 +428,41 @@ def embed(
     finally:
         tower.train(training)
     return features
+
+
+FEATURES = 1
+"""Counted up whenever a tower of the same weights gives other features than before."""
+
+
+def _remembered(
+    tower: nn.Module, tiles: np.ndarray, batch_size: int, device: torch.device
+) -> np.ndarray:
+    """`embed`, with one file in the cache per tower: the digests of its tiles, and their features.
+
+    Where two processes add to it at a time, the later one wins, and the rest is computed again.
+    """
+    what = [FEATURES, device.type, tiles.shape[1:], repr(tower), tower.card]
+    key = stored.hashed([*what, *(x for item in tower.state_dict().items() for x in item)])
+    file = cache_dir() / "features" / f"{key[:16]}.npz"
+    names = [blake2b(tile, digest_size=16).hexdigest() for tile in np.ascontiguousarray(tiles)]
+    known, features = _read_features(file, tower.width)
+    new = np.flatnonzero(~(pd.Index(names).isin(known) | pd.Index(names).duplicated()))
+    if len(new):
+        added = embed(tower, tiles[new], batch_size=batch_size, device=device)
+        known, features = [*known, *(names[i] for i in new)], np.concatenate([features, added])
+        with atomic(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, names=np.array(known), features=features)
+    return features[pd.Index(known).get_indexer(names)]
+
+
+def _read_features(file: Path, width: int) -> tuple[list[str], np.ndarray]:
+    if file.is_file():
+        try:
+            with np.load(file) as kept:  # the zip's checksums are verified while reading
+                return kept["names"].tolist(), kept["features"]
+        except Exception as error:  # at damaged bytes zipfile and numpy throw a dozen kinds
+            logger.warning("%s is damaged (%r); its tiles are embedded again", file, error)
+    return [], np.empty((0, width), np.float32)
 
 
 def freeze(tower: nn.Module, blocks: int | None) -> None:

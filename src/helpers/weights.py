@@ -6,13 +6,15 @@ name and shape by shape. CLIP models of Transformers, as PLIP is one, are conver
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import timm
 import torch
@@ -260,6 +262,20 @@ def config(architecture: str) -> dict:
 def _nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.3)
     return "perhaps you mean " + ", ".join(close or names[:4])
+
+
+def hashed(values: Iterable) -> str:
+    """Return the SHA-256 over arrays, tensors and whatever else shows its value when printed."""
+    result = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if isinstance(value, np.ndarray):
+            result.update(f"{value.shape}{value.dtype}".encode())
+            result.update(np.ascontiguousarray(value))
+        else:
+            result.update(repr(value).encode())
+    return result.hexdigest()
 
 
 def find(known: Card, pretrained: bool, weights: Path | str | None) -> Path | None:
