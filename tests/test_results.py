@@ -26,6 +26,14 @@ def test_rows_come_with_commit_machine_day_and_data(tmp_path):
         assert said in line
 
 
+def test_rows_may_be_of_other_commits_than_the_file(tmp_path):
+    rows = [row | {"commit": "fedcba9876-changed"} for row in REPORT["rows"]]
+    (tmp_path / "some.json").write_text(json.dumps(REPORT | {"rows": rows}))
+    _, line = results.measured("some.json", folder=tmp_path)
+    assert "commit fedcba9 with changes" in line
+    assert "0123456" not in line
+
+
 @pytest.mark.parametrize("wanted", [{"study": "none"}, {"column": 1}])
 def test_what_was_not_measured_is_said(tmp_path, wanted):
     (tmp_path / "some.json").write_text(json.dumps(REPORT))

@@ -241,7 +241,7 @@ def test_gated_weights_say_how_to_ask(empty_hub, monkeypatch) -> None:
         request = httpx.Request("GET", "http://127.0.0.1:9")
         raise GatedRepoError("401", response=httpx.Response(401, request=request))
 
-    monkeypatch.setattr(files, "_reachable", lambda url: True)
+    monkeypatch.setattr(files, "reachable", lambda url: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(DataError, match=r"'uni' are gated.*MahmoodLab/UNI.*HF_TOKEN"):
         towers.load("uni")

@@ -104,7 +104,7 @@ def data(endpoint: str | None = None) -> list[Finding]:
     except catalog.DataError as error:
         found.append(Finding("broken", catalog.METADATA_URL, str(error)))
     endpoint = endpoint or constants.ENDPOINT
-    if not files._reachable(endpoint):
+    if not files.reachable(endpoint):
         return [*found, Finding("broken", endpoint, "the hub does not answer")]
     return found + [ask(pin, address(pin, endpoint)) for pin in pins()]
 

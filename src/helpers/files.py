@@ -176,7 +176,7 @@ def from_hub(
     arguments = {"filename": str(path), "repo_type": "dataset", "revision": revision}
     if isinstance(cached := hub.try_to_load_from_cache(dataset, **arguments), str):
         return Path(cached)
-    if not hub.constants.HF_HUB_OFFLINE and not _reachable(hub.constants.ENDPOINT):
+    if not hub.constants.HF_HUB_OFFLINE and not reachable(hub.constants.ENDPOINT):
         raise DataError(
             f"{path} is not here ({where}) and the hub cannot be reached", slide=slide, fix=FIX
         )
@@ -201,7 +201,7 @@ def from_hub(
     return file
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Say within seconds whether a host answers, where the hub's client would retry for long."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()

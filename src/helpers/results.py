@@ -46,7 +46,7 @@ def measured(
     try:
         report = json.loads(path.read_text())
         machine, rows = report["machine"], pd.DataFrame(report["rows"])
-        where = f"{machine.get('gpu') or machine['processor']}, commit {report['commit'][:7]}"
+        device, whole = machine.get("gpu") or machine["processor"], _short(report["commit"])
         when = report["measured"]
     except (ValueError, KeyError, TypeError) as error:
         fix = "fetch it again from the repository"
@@ -56,6 +56,11 @@ def measured(
     if rows.empty:
         return rows, f"results/{name}: not measured for {wanted}"
     data = sorted(set(rows["data"].dropna().astype(str))) if "data" in rows else []
-    source = ", ".join([*data, where, when])
+    commits = sorted(set(rows["commit"].dropna().map(_short))) if "commit" in rows else []
+    source = ", ".join([*data, device, f"commit {' and '.join(commits) or whole}", when])
     line = f"NOT this run, results/{name}: {len(rows)} rows, {source}"
     return rows.reset_index(drop=True), line
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + (" with changes" if commit.endswith("-changed") else "")

@@ -329,7 +329,7 @@ def _from_hub(name: str, source: Source) -> Path:
         "reached",
         fix=f"connect to the internet once, or {elsewhere}",
     )
-    if hub.constants.HF_HUB_OFFLINE or not files._reachable(hub.constants.ENDPOINT):
+    if hub.constants.HF_HUB_OFFLINE or not files.reachable(hub.constants.ENDPOINT):
         if isinstance(
             cached := hub.try_to_load_from_cache(**place | {"filename": other.file}), str
         ):
