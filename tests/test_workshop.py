@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import teaching_page
 
 import anatomy
 import check_environment
@@ -436,46 +437,9 @@ def test_the_book_comes_along_if_it_was_built(
 # --- the page for teachers ----------------------------------------------------------------------
 
 
-def minutes_of_chapters() -> dict[str, tuple[int, list[int]]]:
-    """Return, by number, the minutes to teach and those of each exercise, as the chapters say."""
-    found = {}
-    for path in PATHS:
-        text = "\n".join(nbs.source(c) for c in nbs.read(path)["cells"])
-        (teach,) = re.findall(r"\*\*Time\.\*\* (\d+) minutes to teach", text)
-        each = re.findall(r"^### Exercise \d+ \((\d+) minutes\)$", text, re.M)
-        found[str(int(path.stem[:2]))] = int(teach), list(map(int, each))
-    return found
-
-
 def test_the_tracks_agree_with_the_chapters() -> None:
-    page = (ROOT / "book" / "teaching.md").read_text(encoding="utf-8")
-    _, *rows = (line[1:-1].split("|") for line in re.findall(r"^\|.*\|$", page, re.M))
-    table = {
-        row[0].strip(): [int(cell or 0) for cell in map(str.strip, row[1:])] for row in rows[1:]
-    }
-    chapters = minutes_of_chapters()
-    for first, (rounds, exercises, half, full, alone) in table.items():
-        if number := re.match(r"\[(\d+)\]", first):
-            teach, each = chapters.pop(number[1])
-            assert (rounds, exercises, alone) == (teach, sum(each), teach + sum(each)), first
-            assert {half, full} <= {0, teach + each[0]}, first
-    assert chapters == {}
-    sums = table.pop("sum")
-    assert sums == [sum(column) for column in zip(*table.values(), strict=True)]
+    teaching_page.tracks_agree(ROOT)
 
 
 def test_the_page_for_teachers_has_a_word_on_every_chapter() -> None:
-    page = (ROOT / "book" / "teaching.md").read_text(encoding="utf-8")
-    parts = re.split(r"^### (\d+) .*$", page, flags=re.M)[1:]
-    assert parts[::2] == list(minutes_of_chapters())
-    for number, text in zip(parts[::2], parts[1::2], strict=True):
-        for word, least in (("**Skip** ", 1), ("**People get lost** ", 1), ("**Ask.** ", 2)):
-            assert text.count(word) >= least, f"chapter {number} has too few {word}"
-        assert text.count("*Answer.* ") == text.count("**Ask.** ")
-        (path,) = (p for p in PATHS if p.stem.startswith(f"{int(number):02}"))
-        headings = re.findall(
-            r"^##+ (.+)$", "\n".join(nbs.source(c) for c in nbs.read(path)["cells"]), re.M
-        )
-        skipped = re.search(r"\*\*Skip\*\* (.+)", text)[1]
-        for name in re.findall(r"\*([^*]+)\*", skipped):
-            assert any(h.startswith(name) for h in headings), f"chapter {number} has no {name}"
+    teaching_page.has_a_word_on_every_chapter(ROOT)
