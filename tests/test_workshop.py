@@ -198,8 +198,9 @@ def check_1(answer):
         ("assert answer + 1 == 3, 'add'", "('1', 'add one'), (3, 'add')", "says 'TypeError"),
         ("pass", "(1, 'add one'), (3, 'add one')", "says 'Correct'"),
         ('assert answer == 2, "add one and one"', "(1, 'add one')", "1 wrong answers"),
+        ('assert answer == 2, "add one and one"', "(1, ''), (3, 'add one')", "not ''"),
     ],
-    ids=["helpful", "bare", "crash", "accepted", "few"],
+    ids=["helpful", "bare", "crash", "accepted", "few", "anything"],
 )
 def test_the_judge_notices_a_check_that_does_not_help(
     check: str, wrong: str, complaint: str | None
