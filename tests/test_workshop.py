@@ -390,6 +390,20 @@ def test_slides_come_along_in_the_official_layout(tmp_path: Path, mob: catalog.S
     assert files(tmp_path / "made" / "data" / "STimage-1K4M") == files(tmp_path / "root")
 
 
+def test_only_models_of_the_study_travel(tmp_path: Path, mob: catalog.Study) -> None:
+    ours, other = mob.sections[0].slide, catalog.study("demo").sections[0].slide
+    seen = {"ours": [ours], "other": [other], "both": [ours, other], "unknown": None}
+    for name, slides in seen.items():
+        folder = tmp_path / "cache" / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        (folder / "settings.json").write_text(json.dumps({"slides": slides} if slides else {}))
+    (tmp_path / "made").mkdir()
+    said = workshop.put_data(tmp_path / "made", mob, with_data=False)
+    assert [p.name for p in (tmp_path / "made" / "data" / "models").iterdir()] == ["ours"]
+    assert said.endswith("; models trained on them: 1")
+
+
 def test_too_many_slides_stay_at_home(
     tmp_path: Path, mob: catalog.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
