@@ -449,6 +449,22 @@ def test_the_book_comes_along_if_it_was_built(
     assert (tmp_path / "made" / "html" / "index.html").exists() == said.startswith("the book")
 
 
+def test_the_book_comes_without_its_own_zip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "ROOT", tmp_path)
+    monkeypatch.setattr(workshop, "refusals", lambda *_: [])
+    (tmp_path / "_toc.yml").write_text("root: book/welcome\n")
+    built = tmp_path / "_build" / "demo"
+    for name in ("html/index.html", "html/stimage-book.zip.sha256", "notebooks/run.json"):
+        (built / name).parent.mkdir(parents=True, exist_ok=True)
+        (built / name).write_text("{}")
+    (built / "html/setup.html").write_text('<a class="offline-copy" href="stimage-book.zip">it</a>')
+    (built / "html" / "stimage-book.zip").touch()
+    workshop.put_book(tmp_path / "made", "demo")
+    assert files(tmp_path / "made" / "html") == {"index.html": b"{}", "setup.html": b"it"}
+
+
 # --- the page for teachers ----------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 import notebooks as nbs
-from build_book import refusals, write_zip
+from build_book import ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from run_notebooks import RECORD, ROOT, chapters
 
@@ -120,7 +120,12 @@ def put_book(folder: Path, study: str) -> str:
     ran = json.loads(record.read_text(encoding="utf-8"))
     if reasons := refusals(ran, toc, ROOT, study):
         return f"not here: the book is out of date ({'; '.join(reasons)})"
-    shutil.copytree(built / "html", folder / "html")
+    shutil.copytree(
+        built / "html",
+        folder / "html",
+        ignore=shutil.ignore_patterns(ZIP, f"{ZIP}.sha256"),  # the same pages once more
+        copy_function=lambda page, copy: Path(copy).write_bytes(without_offline_link(Path(page))),
+    )
     return "the book: open `index.html` in a browser"
 
 
