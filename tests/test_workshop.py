@@ -262,10 +262,15 @@ def test_the_zip_holds_the_folder_and_its_checksums(out: Path, bundle: Path) -> 
     assert b"MIT (simulated by this book)" in held["README.md"]
 
 
+def prose(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "".join(nbs.source(c) for c in nbs.read(path)["cells"] if c["cell_type"] != "code")
+
+
 def test_links_between_chapters_and_pages_lead_somewhere(bundle: Path) -> None:
-    for path in bundle.glob("*s/*.ipynb"):
-        text = "".join(nbs.source(c) for c in nbs.read(path)["cells"] if c["cell_type"] != "code")
-        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+    for path in [*bundle.glob("*s/*.ipynb"), *bundle.glob("book/*.md")]:
+        for link in re.findall(r"(?:\]\(|href=\")(?!http)([^)\"#]+)", prose(path)):
             assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 

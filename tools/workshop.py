@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 import notebooks as nbs
-from build_book import ZIP, refusals, without_offline_link, write_zip
+from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from run_notebooks import RECORD, ROOT, chapters
 
@@ -28,6 +28,8 @@ COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
     *("src/helpers", "results", "tools/check_environment.py"),
 )
+PAGES = ("dataset", "failures", "setup", "teaching")
+"""What the chapters link to, and the page for teachers."""
 SUMS = "SHA256SUMS"
 OPEN = ("CC", "MIT")
 """How licences begin that let slides be passed on."""
@@ -56,8 +58,10 @@ def put_chapters(folder: Path, study: str) -> None:
             made = edition(nbs.read(path), study, solutions=name == "solutions")
             nbs.write(made, folder / name / path.name)
     (folder / "book").mkdir()
-    for page in (ROOT / "book").glob("*.md"):
-        shutil.copyfile(page, folder / "book" / page.name)
+    for page in PAGES:
+        text = OFFLINE_LINK.sub(rb"\1", (ROOT / "book" / f"{page}.md").read_bytes())
+        text = text.replace(b"](../notebooks/", b"](../solutions/")
+        (folder / "book" / f"{page}.md").write_bytes(text)
 
 
 def slide_files(study: catalog.Study) -> dict[str, Path]:
