@@ -1,5 +1,6 @@
 """The two-tower model, its training, and the ways it must refuse to train."""
 
+import json
 import logging
 import math
 import os
@@ -451,6 +452,11 @@ def test_asked_again_it_is_read_back(monkeypatch, caplog):
     assert "is read from" in caplog.text
     names = {file.name for file in first.folder.iterdir()}
     assert names == {"model.safetensors", "history.csv", "settings.json"}
+
+
+def test_a_kept_model_says_which_slides_it_has_seen():
+    folder = fit(model_of(), *study(), QUICK).folder
+    assert json.loads((folder / "settings.json").read_text())["slides"] == ["A1", "A2", "B1"]
 
 
 def test_any_change_of_settings_data_or_start_is_another_model():

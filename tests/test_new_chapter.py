@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import teaching_page
 import yaml
+from docutils import nodes
+from docutils.utils import new_document
 
 import anatomy
+import chapter_pages
 import new_chapter
 import notebooks as nbs
 import outputs
@@ -27,8 +32,9 @@ def copy(tmp_path: Path) -> Path:
     """The repository as far as a new chapter goes."""
     for name in ("tools", "notebooks", "tests/wrong_answers"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("Makefile", "pyproject.toml", "_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "book").mkdir()
+    for name in ("Makefile", "pyproject.toml", "_config.yml", "_toc.yml", "book/teaching.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -50,6 +56,24 @@ def test_a_new_chapter_passes_all_checks_and_runs(copy: Path) -> None:
     assert run_notebooks.proof(path, also)  # there are wrong answers, and they run, too
     run_notebooks.execute(path, copy / "out", "demo", timeout=300, also=also)
     assert outputs.problems(nbs.read(copy / "out" / path.name), (f"{copy}/",)) == []
+
+
+def test_the_page_for_teachers_knows_a_new_chapter(copy: Path) -> None:
+    assert new_chapter.main([f"{NEXT}_from_spots_to_cells"], copy) == 0
+    teaching_page.tracks_agree(copy)
+    teaching_page.has_a_word_on_every_chapter(copy)
+
+
+def test_a_new_chapter_names_words_of_the_glossary() -> None:
+    glossary = (ROOT / "book" / "glossary.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\{glossary\}\n(.+?)^```", glossary, re.M | re.S)
+    terms = {name: name for block in blocks for name in re.findall(r"^\S.*", block, re.M)}
+    page = new_document("page")
+    for cell in new_chapter.chapter()["cells"]:
+        if cell["cell_type"] == "markdown":
+            page += [nodes.paragraph("", line) for line in nbs.source(cell).splitlines()]
+    chapter_pages.link_terms(page, terms, "glossary.html")
+    assert len(list(page.findall(nodes.reference))) > 3  # as test_pages.py asks of every chapter
 
 
 @pytest.mark.parametrize(

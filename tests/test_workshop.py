@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import teaching_page
 
 import anatomy
 import check_environment
@@ -197,8 +198,9 @@ def check_1(answer):
         ("assert answer + 1 == 3, 'add'", "('1', 'add one'), (3, 'add')", "says 'TypeError"),
         ("pass", "(1, 'add one'), (3, 'add one')", "says 'Correct'"),
         ('assert answer == 2, "add one and one"', "(1, 'add one')", "1 wrong answers"),
+        ('assert answer == 2, "add one and one"', "(1, ''), (3, 'add one')", "not ''"),
     ],
-    ids=["helpful", "bare", "crash", "accepted", "few"],
+    ids=["helpful", "bare", "crash", "accepted", "few", "anything"],
 )
 def test_the_judge_notices_a_check_that_does_not_help(
     check: str, wrong: str, complaint: str | None
@@ -260,10 +262,15 @@ def test_the_zip_holds_the_folder_and_its_checksums(out: Path, bundle: Path) -> 
     assert b"MIT (simulated by this book)" in held["README.md"]
 
 
+def prose(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "".join(nbs.source(c) for c in nbs.read(path)["cells"] if c["cell_type"] != "code")
+
+
 def test_links_between_chapters_and_pages_lead_somewhere(bundle: Path) -> None:
-    for path in bundle.glob("*s/*.ipynb"):
-        text = "".join(nbs.source(c) for c in nbs.read(path)["cells"] if c["cell_type"] != "code")
-        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+    for path in [*bundle.glob("*s/*.ipynb"), *bundle.glob("book/*.md")]:
+        for link in re.findall(r"(?:\]\(|href=\")(?!http)([^)\"#]+)", prose(path)):
             assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
@@ -388,6 +395,20 @@ def test_slides_come_along_in_the_official_layout(tmp_path: Path, mob: catalog.S
     assert files(tmp_path / "made" / "data" / "STimage-1K4M") == files(tmp_path / "root")
 
 
+def test_only_models_of_the_study_travel(tmp_path: Path, mob: catalog.Study) -> None:
+    ours, other = mob.sections[0].slide, catalog.study("demo").sections[0].slide
+    seen = {"ours": [ours], "other": [other], "both": [ours, other], "unknown": None}
+    for name, slides in seen.items():
+        folder = tmp_path / "cache" / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        (folder / "settings.json").write_text(json.dumps({"slides": slides} if slides else {}))
+    (tmp_path / "made").mkdir()
+    said = workshop.put_data(tmp_path / "made", mob, with_data=False)
+    assert [p.name for p in (tmp_path / "made" / "data" / "models").iterdir()] == ["ours"]
+    assert said.endswith("; models trained on them: 1")
+
+
 def test_too_many_slides_stay_at_home(
     tmp_path: Path, mob: catalog.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,49 +454,28 @@ def test_the_book_comes_along_if_it_was_built(
     assert (tmp_path / "made" / "html" / "index.html").exists() == said.startswith("the book")
 
 
+def test_the_book_comes_without_its_own_zip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "ROOT", tmp_path)
+    monkeypatch.setattr(workshop, "refusals", lambda *_: [])
+    (tmp_path / "_toc.yml").write_text("root: book/welcome\n")
+    built = tmp_path / "_build" / "demo"
+    for name in ("html/index.html", "html/stimage-book.zip.sha256", "notebooks/run.json"):
+        (built / name).parent.mkdir(parents=True, exist_ok=True)
+        (built / name).write_text("{}")
+    (built / "html/setup.html").write_text('<a class="offline-copy" href="stimage-book.zip">it</a>')
+    (built / "html" / "stimage-book.zip").touch()
+    workshop.put_book(tmp_path / "made", "demo")
+    assert files(tmp_path / "made" / "html") == {"index.html": b"{}", "setup.html": b"it"}
+
+
 # --- the page for teachers ----------------------------------------------------------------------
 
 
-def minutes_of_chapters() -> dict[str, tuple[int, list[int]]]:
-    """Return, by number, the minutes to teach and those of each exercise, as the chapters say."""
-    found = {}
-    for path in PATHS:
-        text = "\n".join(nbs.source(c) for c in nbs.read(path)["cells"])
-        (teach,) = re.findall(r"\*\*Time\.\*\* (\d+) minutes to teach", text)
-        each = re.findall(r"^### Exercise \d+ \((\d+) minutes\)$", text, re.M)
-        found[str(int(path.stem[:2]))] = int(teach), list(map(int, each))
-    return found
-
-
 def test_the_tracks_agree_with_the_chapters() -> None:
-    page = (ROOT / "book" / "teaching.md").read_text(encoding="utf-8")
-    _, *rows = (line[1:-1].split("|") for line in re.findall(r"^\|.*\|$", page, re.M))
-    table = {
-        row[0].strip(): [int(cell or 0) for cell in map(str.strip, row[1:])] for row in rows[1:]
-    }
-    chapters = minutes_of_chapters()
-    for first, (rounds, exercises, half, full, alone) in table.items():
-        if number := re.match(r"\[(\d+)\]", first):
-            teach, each = chapters.pop(number[1])
-            assert (rounds, exercises, alone) == (teach, sum(each), teach + sum(each)), first
-            assert {half, full} <= {0, teach + each[0]}, first
-    assert chapters == {}
-    sums = table.pop("sum")
-    assert sums == [sum(column) for column in zip(*table.values(), strict=True)]
+    teaching_page.tracks_agree(ROOT)
 
 
 def test_the_page_for_teachers_has_a_word_on_every_chapter() -> None:
-    page = (ROOT / "book" / "teaching.md").read_text(encoding="utf-8")
-    parts = re.split(r"^### (\d+) .*$", page, flags=re.M)[1:]
-    assert parts[::2] == list(minutes_of_chapters())
-    for number, text in zip(parts[::2], parts[1::2], strict=True):
-        for word, least in (("**Skip** ", 1), ("**People get lost** ", 1), ("**Ask.** ", 2)):
-            assert text.count(word) >= least, f"chapter {number} has too few {word}"
-        assert text.count("*Answer.* ") == text.count("**Ask.** ")
-        (path,) = (p for p in PATHS if p.stem.startswith(f"{int(number):02}"))
-        headings = re.findall(
-            r"^##+ (.+)$", "\n".join(nbs.source(c) for c in nbs.read(path)["cells"]), re.M
-        )
-        skipped = re.search(r"\*\*Skip\*\* (.+)", text)[1]
-        for name in re.findall(r"\*([^*]+)\*", skipped):
-            assert any(h.startswith(name) for h in headings), f"chapter {number} has no {name}"
+    teaching_page.has_a_word_on_every_chapter(ROOT)

@@ -19,19 +19,35 @@ from notebooks import ROOT
 NAME = re.compile(r"[0-9]{2}(_[a-z0-9]+)+")
 NEXT = """\
 notebooks/{name}.ipynb keeps every rule and runs as it is; _toc.yml has it after the last chapter,
-tests/wrong_answers/{name}.py what its checks must refuse.
+tests/wrong_answers/{name}.py what its checks must refuse, book/teaching.md a row and a section.
 Next:
 - write it in JupyterLab: make lab, then the folder notebooks
 - look at it alone: .venv/bin/python tools/run_notebooks.py {number} --also tests/wrong_answers
 - before a commit: .venv/bin/python tools/notebooks.py strip, then the same with check
-- name it in book/welcome.md, book/teaching.md and at the end of the chapter before
+- name it in book/welcome.md and at the end of the chapter before; fill its section of
+  book/teaching.md, whose table has its minutes
 - at the end: make lint, make test, make book"""
 
+MINUTES, EACH = 10, 3
+"""To teach the rounds, and to do one of the two exercises."""
 WRONG = """\
 WRONG = {
     1: [(1, "not the sum"), (3, "not the sum")],
     2: [(2, "not the sum"), (4, "not the sum")],
 }
+"""
+SECTION = """
+### {number} {words}
+
+**Skip** *Round 4*, unless somebody asks for it.
+
+**People get lost** where they take one thing for another: say what helps.
+
+**Ask.** What do they believe before the chapter?
+*Answer.* What they have seen after it.
+
+**Ask.** What does the main number leave open?
+*Answer.* What it does not measure.
 """
 
 
@@ -56,7 +72,12 @@ def code(name: str, text: str, *tags: str, **metadata: Any) -> dict[str, Any]:
 
 def one_round(k: int) -> list[dict[str, Any]]:
     """Return why, predict, code, and what is seen in words."""
-    why = f"## Round {k}\n\nSay why this step is needed.\n\n**Predict.** Ask what will come out."
+    why = (
+        f"## Round {k}\n\nSay why this step is needed.\n"
+        "The page links the first mention of each word of the glossary, "
+        "such as spot, donor, gene panel and embedding.\n\n"
+        "**Predict.** Ask what will come out."
+    )
     return [
         markdown(f"round-{k}", why),
         code(f"code-{k}", f"print(rng.integers({k} + 1))"),
@@ -76,7 +97,7 @@ def exercise(k: int) -> list[dict[str, Any]]:
 
 check_{k}(answer_{k})"""
     return [
-        markdown(f"exercise-{k}", f"### Exercise {k} (3 minutes)\n\nAdd {k} and 1.\n\n{hint}"),
+        markdown(f"exercise-{k}", f"### Exercise {k} ({EACH} minutes)\n\nAdd {k} and 1.\n\n{hint}"),
         code(f"stub-{k}", f"answer_{k} = None  # your code here", "exercise"),
         code(f"check-{k}", check, "check"),
         code(
@@ -95,15 +116,20 @@ def quick_check(k: int) -> dict[str, Any]:
     return markdown(f"quick-{k}", f"**Quick check.** Why?\n\n{answer}")
 
 
-def chapter(name: str = "01_small") -> dict[str, Any]:
-    """Return a chapter that keeps every rule, as parsed JSON."""
+def in_words(name: str) -> str:
+    """Return the title of a chapter, from the name of its file without suffix."""
+    return name[3:].replace("_", " ").capitalize()
+
+
+def opening(name: str) -> list[dict[str, Any]]:
+    """Return title, objectives and the four cells of code that every chapter begins with."""
     repository = anatomy.REPOSITORY.removeprefix("https://github.com/")
     link = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"
-    heading = f"# {int(name[:2])}. {name[3:].replace('_', ' ').capitalize()}"
-    cells = [
+    return [
         markdown(
             "title",
-            f"{heading}\n\n**Question.** What does this chapter ask?\n\n"
+            f"# {int(name[:2])}. {in_words(name)}\n\n"
+            "**Question.** What does this chapter ask?\n\n"
             f"**In one sentence.** What comes out.\n\n[Open in Colab]({link})",
         ),
         markdown(
@@ -111,7 +137,7 @@ def chapter(name: str = "01_small") -> dict[str, Any]:
             "## Objectives\n\n- Say what the reader can do after the chapter.\n"
             "- Begin each line with a verb.\n- Stop after five lines.\n\n"
             "**Prerequisites.** The chapters before it, as links.\n\n"
-            "**Time.** 10 minutes to teach; seconds to run on a CPU.\n\n"
+            f"**Time.** {MINUTES} minutes to teach; seconds to run on a CPU.\n\n"
             "**Data.** The study named in the parameters: by default `demo`, which is simulated.",
         ),
         code("colab", anatomy.COLAB_GUARD, "colab", "remove-cell"),
@@ -127,17 +153,29 @@ def chapter(name: str = "01_small") -> dict[str, Any]:
             "print(STUDY)  # slides.load_study(STUDY), of helpers, loads its slides",
             "setup",
         ),
+    ]
+
+
+def figure(name: str) -> dict[str, Any]:
+    """Return a figure with caption, name and a text for who cannot see it."""
+    return code(
+        "fig-line",
+        "plt.plot([0, 1], [0, 1])\nplt.show()",
+        "figure",
+        mystnb={
+            "figure": {"caption": "A line from one corner.", "name": f"fig-{name[:2]}-line"},
+            "image": {"alt": "A straight line from the lower left to the upper right."},
+        },
+    )
+
+
+def chapter(name: str = "01_small") -> dict[str, Any]:
+    """Return a chapter that keeps every rule, as parsed JSON."""
+    cells = [
+        *opening(name),
         *one_round(1),
         *one_round(2),
-        code(
-            "fig-line",
-            "plt.plot([0, 1], [0, 1])\nplt.show()",
-            "figure",
-            mystnb={
-                "figure": {"caption": "A line from one corner.", "name": f"fig-{name[:2]}-line"},
-                "image": {"alt": "A straight line from the lower left to the upper right."},
-            },
-        ),
+        figure(name),
         quick_check(1),
         *one_round(3),
         quick_check(2),
@@ -181,6 +219,21 @@ def into_contents(name: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
+def into_teaching(name: str, path: Path) -> None:
+    """Add a chapter to the page for teachers: a row of the tracks, their sums, and a section."""
+    text, number = path.read_text(encoding="utf-8"), int(name[:2])
+    minutes = [MINUTES, 2 * EACH, 0, 0, MINUTES + 2 * EACH]  # in no track but self-study
+    link = f"[{number}](../notebooks/{name}.ipynb) {in_words(name)}"
+    row = "".join(f"| {cell or ''} ".replace("  ", " ") for cell in (link, *minutes))
+    *_, last = re.finditer(r"^\| \[\d+\]\(.*\n", text, re.M)
+    text = f"{text[: last.end()]}{row}|\n{text[last.end() :]}"
+    before = re.search(r"^\| sum \|(.*)\|$", text, re.M)
+    sums = (str(int(a) + b) for a, b in zip(before[1].split("|"), minutes, strict=True))
+    text = text.replace(before[0], f"| sum | {' | '.join(sums)} |")
+    text += SECTION.format(number=number, words=in_words(name))
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Write a new chapter; return the exit status."""
     parser = argparse.ArgumentParser(description="Begin a chapter that passes all checks.")
@@ -193,6 +246,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     wrong = root / "tests" / "wrong_answers" / f"{name}.py"
     wrong.write_text(WRONG, encoding="utf-8", newline="\n")
     into_contents(name, root / "_toc.yml")
+    into_teaching(name, root / "book" / "teaching.md")
     print(NEXT.format(name=name, number=name[:2]))
     return 0
 

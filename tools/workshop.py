@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 import notebooks as nbs
-from build_book import refusals, write_zip
+from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from run_notebooks import RECORD, ROOT, chapters
 
@@ -28,6 +28,8 @@ COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
     *("src/helpers", "results", "tools/check_environment.py"),
 )
+PAGES = ("dataset", "failures", "setup", "teaching")
+"""What the chapters link to, and the page for teachers."""
 SUMS = "SHA256SUMS"
 OPEN = ("CC", "MIT")
 """How licences begin that let slides be passed on."""
@@ -56,8 +58,10 @@ def put_chapters(folder: Path, study: str) -> None:
             made = edition(nbs.read(path), study, solutions=name == "solutions")
             nbs.write(made, folder / name / path.name)
     (folder / "book").mkdir()
-    for page in (ROOT / "book").glob("*.md"):
-        shutil.copyfile(page, folder / "book" / page.name)
+    for page in PAGES:
+        text = OFFLINE_LINK.sub(rb"\1", (ROOT / "book" / f"{page}.md").read_bytes())
+        text = text.replace(b"](../notebooks/", b"](../solutions/")
+        (folder / "book" / f"{page}.md").write_bytes(text)
 
 
 def slide_files(study: catalog.Study) -> dict[str, Path]:
@@ -71,18 +75,32 @@ def slide_files(study: catalog.Study) -> dict[str, Path]:
     return files
 
 
+def trained_on(study: catalog.Study) -> list[Path]:
+    """Return the models of the cache that have seen slides of this study and of no other."""
+    own, found = {section.slide for section in study.sections}, []
+    for weights in sorted((catalog.cache_dir() / "models").glob("*/model.safetensors")):
+        facts = json.loads((weights.parent / "settings.json").read_text(encoding="utf-8"))
+        if own.issuperset(facts.get("slides", ["unknown"])):
+            found.append(weights.parent)
+    return found
+
+
 def put_data(folder: Path, study: catalog.Study, with_data: bool) -> str:
-    """Copy the slides, and the models trained here; return what to tell the participants."""
-    data, models = folder / "data", catalog.cache_dir() / "models"
+    """Copy slides and the models trained on them; return what to tell the participants."""
+    data, trained = folder / "data", trained_on(study)
     data.mkdir()
-    trained = [p.parent for p in sorted(models.glob("*/model.safetensors"))]
     for model in trained:
         shutil.copytree(model, data / "models" / model.name, ignore=LEFT_BEHIND)
-    more = f", and {len(trained)} trained models" if trained else ""
+    more = f"; models trained on them: {len(trained)}" if trained else ""
+    return put_slides(data, study, with_data) + more
+
+
+def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
+    """Copy the slides where they may be passed on; return what to tell the participants."""
     if study.name == "demo":
         root = simulate.demo_root()
         shutil.copytree(root, data / root.name)
-        return f"the simulated slides{more}"
+        return "the simulated slides"
     if not (with_data or study.licence.startswith(OPEN)):
         return f"no slides (licence: {study.licence}): set STIMAGE_ROOT to a folder that has them"
     files = slide_files(study)
@@ -93,7 +111,7 @@ def put_data(folder: Path, study: catalog.Study, with_data: bool) -> str:
         target = data / "STimage-1K4M" / official
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    return f"the slides, {size:.1f} GB in the layout of the dataset{more}"
+    return f"the slides, {size:.1f} GB in the layout of the dataset"
 
 
 def put_book(folder: Path, study: str) -> str:
@@ -106,7 +124,12 @@ def put_book(folder: Path, study: str) -> str:
     ran = json.loads(record.read_text(encoding="utf-8"))
     if reasons := refusals(ran, toc, ROOT, study):
         return f"not here: the book is out of date ({'; '.join(reasons)})"
-    shutil.copytree(built / "html", folder / "html")
+    shutil.copytree(
+        built / "html",
+        folder / "html",
+        ignore=shutil.ignore_patterns(ZIP, f"{ZIP}.sha256"),  # the same pages once more
+        copy_function=lambda page, copy: Path(copy).write_bytes(without_offline_link(Path(page))),
+    )
     return "the book: open `index.html` in a browser"
 
 

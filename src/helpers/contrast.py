@@ -148,7 +148,7 @@ def fit(
     epoch = run.keep()
     fitted = Fitted(run.model, run.history(), epoch, folder)
     if folder is not None and rank == 0:
-        _write(folder, key, fitted, settings)
+        _write(folder, key, fitted, settings, (train, validation))
     return fitted
 
 
@@ -203,9 +203,13 @@ def _names(pairs: Pairs) -> tuple[str, ...]:
     return () if pairs.panel is None else pairs.panel.genes
 
 
-def _write(folder: Path, key: str, fitted: Fitted, settings: Settings) -> None:
+def _write(
+    folder: Path, key: str, fitted: Fitted, settings: Settings, data: tuple[Pairs, Pairs | None]
+) -> None:
     """Keep a result: the weights come last, and with them it counts as finished."""
     facts = {"key": key, "best_epoch": fitted.best_epoch, "settings": asdict(settings)}
+    slides = {str(s) for pairs in data if pairs is not None for s in pairs.spots["slide"]}
+    facts["slides"] = sorted(slides)  # tools/workshop.py asks which study a model is of
     with atomic(folder / "history.csv") as temporary:
         fitted.history.to_csv(temporary, index=False)
     with atomic(folder / "settings.json") as temporary:
