@@ -1,21 +1,32 @@
 """Fixtures every test may use."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+if TYPE_CHECKING:
+    from browser import Browser
+
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ROOT.parent / "shared" / "data" / "STimage-1K4M"
 REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests clear it
+
+
+def missing(what: str) -> NoReturn:
+    """Skip a test for want of something; fail it in CI, where a green job means it ran."""
+    (pytest.fail if os.environ.get("STIMAGE_CI") else pytest.skip)(what)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +57,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Make a git checkout of its own that holds what this one tracks, as it is now."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("this is no git checkout")
+        missing("this is no git checkout")
 
     def make() -> Path:
         root = tmp_path_factory.mktemp("checkout")
@@ -59,6 +70,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
         return root
 
     return make
+
+
+@pytest.fixture(scope="module")  # while one is open, no test elsewhere can run asyncio
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from browser import browser, executable
+
+    if executable() is None:
+        missing("no Chromium on this machine: nothing was looked at in a browser")
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

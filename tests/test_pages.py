@@ -27,6 +27,7 @@ import pytest
 import yaml
 from browser import LANDMARKS, ONE_OF_EACH, WCAG, Browser, Tab, browser, executable, tab
 from bs4 import BeautifulSoup
+from conftest import missing
 
 import build_book
 import chapter_pages
@@ -422,15 +423,6 @@ FORMULAS = (
 THEME = "document.documentElement.dataset.theme"
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    """A headless Chromium."""
-    if executable() is None:
-        pytest.skip("no Chromium on this machine: the pages were not looked at in a browser")
-    with browser() as opened:
-        yield opened
-
-
 @dataclass
 class Visit:
     """What one look at a page brought: all that the tests below ask about."""
@@ -625,3 +617,12 @@ def test_chromium_is_found_by_its_path_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert executable() is None
     with pytest.raises(FileNotFoundError, match="no Chromium"), browser():
         raise AssertionError("not reached")
+
+
+def test_only_ci_must_have_all_that_tests_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STIMAGE_CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no x"):
+        missing("no x")
+    monkeypatch.setenv("STIMAGE_CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="no x"):
+        missing("no x")
