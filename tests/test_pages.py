@@ -515,8 +515,9 @@ def test_search_finds_a_term(chromium: Browser, books: list[Path]) -> None:
     for book in books:
         one = tab(chromium)
         one.open(book / "search.html", "?q=overlap-HVG")
+        # Results come one by one; this line comes after the last.
+        one.page.locator(".search-summary", has_text="Search finished").wait_for()
         results = one.page.locator("#search-results ul.search li a")
-        results.first.wait_for()
         found = {link.split("#")[0].rpartition("/")[2] for link in results.evaluate_all(
             "links => links.map(a => a.href)"
         )}  # fmt: skip
