@@ -389,14 +389,24 @@ BREAKAGES = {
 }
 
 
+def broken(path: Path, what: str) -> str:
+    """Return a page with one thing broken in it."""
+    pattern, put, _ = BREAKAGES[what]
+    html, times = re.subn(pattern, put, path.read_text(encoding="utf-8"), count=1)
+    assert times == 1
+    return html
+
+
 @pytest.mark.parametrize("what", BREAKAGES)
 def test_a_chapter_that_is_broken_is_noticed(books: list[Path], what: str) -> None:
-    pattern, put, message = BREAKAGES[what]
+    """By the checks that parse a page. Links and empty alt texts are theirs alone.
+
+    A browser asks for figures (see below), but follows no link, and to axe-core an image with an
+    empty alt text is a decoration.
+    """
     path = books[0] / "notebooks/01_loading.html"
-    good = path.read_text(encoding="utf-8")
-    broken, times = re.subn(pattern, put, good, count=1)
-    assert times == 1
-    for html, wanted in ((good, []), (broken, [message])):
+    good, bad = path.read_text(encoding="utf-8"), broken(path, what)
+    for html, wanted in ((good, []), (bad, [BREAKAGES[what][2]])):
         found = page_checks.bad_images(html, path) + page_checks.broken_links(html, path)
         assert sorted({line.rpartition(": ")[2] for line in found}) == wanted
 
@@ -482,6 +492,17 @@ def test_the_browser_notices_a_bad_page(chromium: Browser, tmp_path: Path) -> No
     assert "broken" in found.errors
     for rule in ("image-alt", "html-has-lang", "color-contrast", "landmark-one-main", "region"):
         assert any(line.startswith(rule) for line in found.axe["light"]), rule
+
+
+@pytest.mark.slow
+def test_the_browser_notices_a_chapter_whose_figure_is_gone(
+    chromium: Browser, books: list[Path]
+) -> None:
+    path, one = books[0] / "notebooks/01_loading.html", tab(chromium)
+    html = broken(path, "figure gone")
+    one.page.route(path.as_uri(), lambda route: route.fulfill(body=html, content_type="text/html"))
+    one.open(path)
+    assert [Path(url).name.partition("-")[0] for url in one.failed] == ["gone"]
 
 
 @pytest.mark.slow
