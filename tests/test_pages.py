@@ -335,6 +335,18 @@ def test_every_chapter_says_how_long_it_takes_and_where_to_get_it(books: list[Pa
             assert notebook["download"] == f"{name}.ipynb"
 
 
+def test_the_landing_page_has_three_doors(books: list[Path]) -> None:
+    wanted = {"Read": "../notebooks/01_loading.html", "Run": "setup.html", "Teach": "teaching.html"}
+    for book in books:
+        path = book / f"{TOC['root']}.html"
+        doors = {
+            card.select_one(".sd-card-title").get_text(strip=True): card.a["href"]
+            for card in parsed(path).select(".doors .sd-card")
+        }
+        assert doors == wanted
+        assert all((path.parent / link).is_file() for link in wanted.values())
+
+
 def test_every_chapter_explains_its_words_and_names_its_sources(books: list[Path]) -> None:
     for book in books:
         for name in CHAPTERS:
