@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import zipfile
@@ -86,26 +85,15 @@ def fresh_builds() -> list[Path]:
     return found
 
 
-def demo_run(base: Path, out: Path) -> Path:
-    """Return executed chapters of `demo`: those of ``test_notebooks.py``, else run into `out`."""
-    for record in base.glob("*/notebooks/run.json"):
-        if fits(record, "demo"):
-            return record.parent
-    command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
 @pytest.fixture(scope="session")
-def books(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def books(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of built pages that this run of the tests looks at."""
     if named := os.environ.get("BOOK_HTML"):
         return [Path(folder).resolve() for folder in named.split(os.pathsep)]
     if fresh := fresh_builds():
         return fresh
     out = tmp_path_factory.mktemp("book") / "demo"
-    executed = demo_run(tmp_path_factory.getbasetemp(), out / "notebooks")
+    executed = request.getfixturevalue("run_of_demo")  # minutes, so only where it is needed
     build_book.stage(ROOT, executed, out / "source", "demo")
     assert build_book.build(out / "source", out / "html"), "the pages cannot be built: see above"
     return [out / "html"]
