@@ -18,11 +18,12 @@ OUTSIDE = re.compile(r"^(?!file:|data:|blob:|about:|chrome)")
 READY = """async () => { await document.fonts.ready;
   if (window.MathJax && MathJax.startup) await MathJax.startup.promise; }"""
 # Contrast is measured element by element: of the thousands of coloured words of code, one of each
-# kind is enough, and the others become plain text of their line.
+# kind is enough, and the others become plain text of their line: one text, not one per word.
 ONE_OF_EACH = """() => { const seen = new Set();
   for (const e of document.querySelectorAll('.highlight pre span')) {
     if (e.children.length) continue;
-    if (seen.has(e.className)) e.replaceWith(e.textContent); else seen.add(e.className); } }"""
+    if (seen.has(e.className)) e.replaceWith(e.textContent); else seen.add(e.className); }
+  document.querySelectorAll('.highlight pre').forEach(e => e.normalize()); }"""
 AXE = """async options => (await axe.run(document, {resultTypes: ['violations'], iframes: false,
     preload: false, ...options})).violations.flatMap(v => v.nodes.map(n =>
   `${v.id}: ${n.target} ${n.failureSummary.split('\\n')[1].trim()}`))"""

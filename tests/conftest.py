@@ -1,21 +1,34 @@
 """Fixtures every test may use."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+if TYPE_CHECKING:
+    from browser import Browser
+
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ROOT.parent / "shared" / "data" / "STimage-1K4M"
 REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests clear it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, as in CI: those that need the whole book are one worker's."""
+    for item in items:
+        if {"run_of_demo", "books"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("book"))
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +72,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
         return root
 
     return make
+
+
+@pytest.fixture(scope="module")  # while one is open, no test elsewhere can run asyncio
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from browser import browser, executable
+
+    if executable() is None:
+        stop = pytest.fail if os.environ.get("STIMAGE_CI") else pytest.skip
+        stop("no Chromium on this machine: nothing was looked at in a browser")
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import re
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from browser import Tab, browser, executable, tab
+from browser import Tab, tab
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
 from matplotlib_scalebar.scalebar import ScaleBar
@@ -208,14 +208,6 @@ def drawn(one: Tab) -> np.ndarray:
             return image
         one.page.wait_for_timeout(200)
     raise AssertionError("no point is drawn")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if executable() is None:
-        pytest.skip("no Chromium on this machine")
-    with browser() as one:
-        yield one
 
 
 @pytest.fixture
