@@ -29,13 +29,6 @@ def missing(what: str) -> NoReturn:
     (pytest.fail if os.environ.get("STIMAGE_CI") else pytest.skip)(what)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, as in CI: those that need the whole book are one worker's."""
-    for item in items:
-        if {"run_of_demo", "books"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("book"))
-
-
 @pytest.fixture(scope="session")
 def real_root() -> Path:
     """A folder with real slides: ``STIMAGE_ROOT``, else the copy beside the checkout."""
