@@ -41,7 +41,7 @@ STYLE = """
 .pl-card{fill:var(--pl-card,#fff);stroke:var(--pl-line,#8579b8);stroke-width:1.4}
 .pl-name{font:600 14px system-ui,sans-serif;fill:var(--pl-text,#1d2130)}
 .pl-what{font:12px system-ui,sans-serif;fill:var(--pl-text,#1d2130)}
-.pl-where{font:600 11.5px system-ui,sans-serif;fill:var(--pl-a,#4b3f8f)}
+.pl-where{font:600 10.5px system-ui,sans-serif;fill:var(--pl-a,#4b3f8f)}
 .pl-a{fill:var(--pl-a,#4b3f8f)}.pl-b{fill:var(--pl-b,#c2527f)}.pl-c{fill:var(--pl-c,#1b7f79)}
 .pl-d{fill:var(--pl-d,#e7e2f3)}
 .pl-arrow{fill:none;stroke:var(--pl-muted,#5f6472);stroke-width:1.6}
