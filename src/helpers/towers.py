@@ -444,15 +444,16 @@ def _remembered(
     what = [FEATURES, device.type, tiles.shape[1:], repr(tower), tower.card]
     key = stored.hashed([*what, *(x for item in tower.state_dict().items() for x in item)])
     file = cache_dir() / "features" / f"{key[:16]}.npz"
-    names = [blake2b(tile, digest_size=16).hexdigest() for tile in np.ascontiguousarray(tiles)]
+    tiles = np.ascontiguousarray(tiles)
+    asked = pd.Index([blake2b(tile, digest_size=16).hexdigest() for tile in tiles])
     known, features = _read_features(file, tower.width)
-    new = np.flatnonzero(~(pd.Index(names).isin(known) | pd.Index(names).duplicated()))
+    new = np.flatnonzero(~(asked.isin(known) | asked.duplicated()))
     if len(new):
         added = embed(tower, tiles[new], batch_size=batch_size, device=device)
-        known, features = [*known, *(names[i] for i in new)], np.concatenate([features, added])
+        known, features = [*known, *asked[new]], np.concatenate([features, added])
         with atomic(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, names=np.array(known), features=features)
-    return features[pd.Index(known).get_indexer(names)]
+    return features[pd.Index(known).get_indexer(asked)]
 
 
 def _read_features(file: Path, width: int) -> tuple[list[str], np.ndarray]:
