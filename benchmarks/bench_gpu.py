@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from bench_train import Way
 
-from helpers import model, towers, training
+from helpers import contrast, towers, training
 
 PEAKS = {
     "B200": (2250, 75), "H200": (989, 67), "H100 PCIe": (756, 51), "H100": (989, 67),
@@ -30,7 +30,7 @@ PEAKS = {
 }  # fmt: skip
 """Makers' TFLOP/s in bf16 (dense, tensor cores) and in fp32 (without TF32), by name of device."""
 SPOTS, EPOCHS = 47_681, 15  # of the paper's largest study and its training
-PAPER = {k: v for k, v in asdict(model.PAPER).items() if k not in ("epochs", "batch_size")}
+PAPER = {k: v for k, v in asdict(contrast.PAPER).items() if k not in ("epochs", "batch_size")}
 WAYS = {
     "published loop": Way("", "published", settings=PAPER),
     "published loop, a worker per core": Way(

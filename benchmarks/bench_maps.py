@@ -10,7 +10,7 @@ from bench_probe import features
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from helpers.spaces import neighbour_overlap
+from helpers.metrics import neighbour_overlap
 
 K = 15  # neighbours that are looked for again on the map
 

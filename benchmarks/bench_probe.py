@@ -7,13 +7,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from helpers.linear import ALPHAS, lbfgs_path, sgd_path
-from helpers.probes import paper
+from helpers.probing import ALPHAS, logistic_path, paper_protocol, sgd_path
 
 WAYS = {
     "published: SGD, max_iter 10,000": sgd_path,
-    "book: L-BFGS, warm starts": partial(lbfgs_path, tol=6e-3),
-    "book, closer to the optimum": lbfgs_path,
+    "book: L-BFGS, warm starts": partial(logistic_path, tol=6e-3),
+    "book, closer to the optimum": logistic_path,
 }
 
 
@@ -49,7 +48,7 @@ def run(n: int = 30_000, d: int = 512, seeds: int = 5, repeats: int = 3) -> list
     for repeat in range(repeats):
         for way in list(WAYS)[:: 1 if repeat % 2 == 0 else -1]:
             start = time.perf_counter()
-            rows = paper(x, spots, path=WAYS[way], seeds=range(seeds))
+            rows = paper_protocol(x, spots, path=WAYS[way], seeds=range(seeds))
             times[way].append(time.perf_counter() - start)
             scores[way] = rows[(rows["part"] == "test") & (rows["measure"] == "macro_f1")]
     base = times[next(iter(WAYS))]

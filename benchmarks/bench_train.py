@@ -2,7 +2,7 @@
 
 The published loop is written from its description: one PNG per tile; a dataset that opens each
 with Pillow and passes it through Transformers' processor of CLIP, in the process that trains; the
-whole tower in fp32; Adam. The book's loop is `helpers.contrast.fit` itself. Both train the same
+whole tower in fp32; Adam. The book's loop is `helpers.training.fit` itself. Both train the same
 model: the same image tower from the same random weights, the same gene encoder, heads and loss.
 
 Every way has a process of its own, so that its peak memory is its own. All of them wait until it is
@@ -103,11 +103,11 @@ def prepare(folders: dict[Path, tuple[int, int | None]], held_out: str = "A") ->
     from helpers import contrast, genes, slides, tiles
 
     adatas = {k: genes.normalise(genes.drop_empty(a)) for k, a in slides.load_study("demo").items()}
-    training = {k: a for k, a in adatas.items() if a.obs["donor"].iloc[0] != held_out}
+    others = {k: a for k, a in adatas.items() if a.obs["donor"].iloc[0] != held_out}
     shared = genes.shared_genes(adatas)
-    panel = genes.overlap_hvg_batch({k: a[:, shared] for k, a in training.items()}, 512)
+    panel = genes.overlap_hvg_batch({k: a[:, shared] for k, a in others.items()}, 512)
     for folder, (size, most) in folders.items():
-        some = adatas if most is None else dict(list(training.items())[:1])
+        some = adatas if most is None else dict(list(others.items())[:1])
         cut = tiles.cut_study(some, side_um=100.0, size=size)
         pairs = contrast.pair(some, cut, panel, standardise=True)
         apart = (pairs.spots["donor"] == held_out).to_numpy()
@@ -128,7 +128,7 @@ def pairs_of(folder: Path) -> Pairs:
     """Read what `prepare` wrote."""
     import pandas as pd
 
-    from helpers.pairs import Pairs
+    from helpers.contrast import Pairs
 
     arrays = (np.load(folder / f"{name}.npy") for name in ("tiles", "other"))
     return Pairs(*arrays, pd.read_csv(folder / "spots.csv", index_col=0))
@@ -147,7 +147,7 @@ def model_of(way: Way, tower: str, n_genes: int) -> tuple[TwoTowers, Settings]:
     from torch import nn
 
     from helpers import towers
-    from helpers.model import BOOK, TwoTowers
+    from helpers.contrast import BOOK, TwoTowers
 
     settings = replace(BOOK, **way.settings)
     image = towers.load(tower, pretrained=False)
@@ -201,7 +201,8 @@ def published(way: Way, folder: Path, tower: str, device: str = "cpu") -> Iterat
     """Train as published, an epoch at a time."""
     import torch
 
-    from helpers.model import embed, info_nce, recall
+    from helpers.contrast import embed_views, info_nce
+    from helpers.metrics import recall
 
     validation = _validation(folder)
     model, settings = model_of(way, tower, np.load(folder / "train/other.npy").shape[1])
@@ -228,14 +229,16 @@ def published(way: Way, folder: Path, tower: str, device: str = "cpu") -> Iterat
         loss.item()  # a GPU may still be at work
         facts = {"seconds": time.perf_counter() - start, "tiles": tiles}
         if validation is not None:
-            found = recall(*embed(model, validation.tiles, validation.other, "fp32"), ks=(10,))
+            found = recall(
+                *embed_views(model, validation.tiles, validation.other, "fp32"), ks=(10,)
+            )
             facts["times_chance"] = float(found["times_chance"].mean())
         yield facts
 
 
 def book(way: Way, folder: Path, tower: str, turn: Callable[[dict], None]) -> None:
     """Train as this book does; `turn` is called after each epoch."""
-    from helpers import contrast
+    from helpers import training
 
     train, validation = pairs_of(folder / "train"), _validation(folder)
     model, settings = model_of(way, tower, train.other.shape[1])
@@ -252,7 +255,7 @@ def book(way: Way, folder: Path, tower: str, turn: Callable[[dict], None]) -> No
 
     epochs = settings.epochs if validation else 1000
     settings = replace(settings, epochs=epochs)
-    contrast.fit(model, train, validation, settings, device="cpu", cache=False, on_epoch=after)
+    training.fit(model, train, validation, settings, device="cpu", cache=False, on_epoch=after)
 
 
 def step(way: Way, folder: Path, tower: str) -> Iterator[dict]:

@@ -24,7 +24,7 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import captions, contrast, files, genes, slides, towers
+from helpers import contrast, files, genes, metrics, slides, towers, training
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "finetune.json"
 PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "numpy")
@@ -57,7 +57,7 @@ def probe(train: np.ndarray, test: np.ndarray, pairs: tuple, c: float) -> float:
     return float(f1_score(label[1], model.predict(test[known[1]]), average="macro"))
 
 
-def scores(fold: contrast.Fold, after_only: bool = False) -> dict[str, float]:
+def scores(fold: training.HeldOut, after_only: bool = False) -> dict[str, float]:
     """Probe of every tower on the held-out donor, and how often its pairs are found."""
     pairs = fold.train, fold.test
     shown = {"after": fold.fitted.model.image}
@@ -78,10 +78,10 @@ def scores(fold: contrast.Fold, after_only: bool = False) -> dict[str, float]:
     return found | recalls(fold)
 
 
-def recalls(fold: contrast.Fold) -> dict[str, float]:
+def recalls(fold: training.HeldOut) -> dict[str, float]:
     """How often pairs of the held-out donor are found, mean of both directions."""
     found = {}
-    table = contrast.recall(*contrast.embed_pairs(fold.fitted.model, fold.test))
+    table = metrics.recall(*contrast.embed_pairs(fold.fitted.model, fold.test))
     for k, part in table.groupby("k"):
         found[f"recall@{k}"] = float(part["recall"].mean())
         found[f"recall@{k} times chance"] = float(part["times_chance"].mean())
@@ -104,14 +104,16 @@ def runs(study: str, donors: list[str]) -> Iterator[tuple[str, str, dict]]:
                 yield "choice of panel", donor, {"choose": name, "n_genes": n, "seed": seed}
 
 
-def train(adatas: dict, study: str, donor: str, how: dict) -> contrast.Fold:
+def train(adatas: dict, study: str, donor: str, how: dict) -> training.HeldOut:
     """Train one fold."""
     settings = replace(contrast.BOOK, epochs=EPOCHS[study], seed=how.get("seed", 0))
     options = {"settings": settings, "side_um": SIDE_UM[study]}
     if "n_genes" in how:  # a frozen tower is enough to compare panels, and takes seconds
         settings = replace(settings, epochs=10, augment=0.0)
         options |= {"tower": "colour", "settings": settings, "n_genes": how["n_genes"]}
-        return contrast.leave_out(adatas, donor, choose=getattr(genes, how["choose"]), **options)
+        return training.leave_donor_out(
+            adatas, donor, choose=getattr(genes, how["choose"]), **options
+        )
     if how.get("choose") == "hvg":
         shared = genes.shared_genes(adatas)
         first = next(s for s, a in adatas.items() if str(a.obs["donor"].iloc[0]) != donor)
@@ -119,12 +121,14 @@ def train(adatas: dict, study: str, donor: str, how: dict) -> contrast.Fold:
     elif how.get("choose") == "overlap_hvg":
         options |= {"choose": genes.overlap_hvg, "n_genes": 100}
     if "blocks" in how:
-        start = captions.leave_out(adatas, donor, side_um=SIDE_UM[study]).fitted.model.image
+        start = training.leave_donor_out_captions(
+            adatas, donor, side_um=SIDE_UM[study]
+        ).fitted.model.image
         options |= {
             "tower": start,
             "settings": replace(settings, train_blocks=how["blocks"], epochs=settings.epochs // 3),
         }
-    return contrast.leave_out(adatas, donor, **options)
+    return training.leave_donor_out(adatas, donor, **options)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from data import commit, machine
 
-from helpers import contrast, evaluate, files, genes, places, refit, slides, tiles, towers
+from helpers import contrast, files, genes, probing, slides, splits, tiles, towers, training
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ladder.json"
 PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "scanpy", "numpy")
@@ -47,28 +47,28 @@ class Study:
         loaded = slides.load_study(name, image=False)
         self.name, self.side_um = name, SIDE_UM.get(name, 100.0)
         self.done = {s: genes.normalise(genes.drop_empty(a)) for s, a in loaded.items()}
-        self.spots = places.describe(self.done)
+        self.spots = slides.spot_table(self.done)
         how = {"buffer_um": BUFFER_UM, "together": True}
-        self.rungs = evaluate.ladder(self.spots, self.done, **how)
+        self.rungs = splits.ladder(self.spots, self.done, **how)
         self.n_genes = min(N_GENES, len(genes.shared_genes(self.done)))
 
     def tiles(self) -> np.ndarray:
         """Tiles in the order of the spots."""
-        return refit.of_spots(tiles.cut_study(self.done, side_um=self.side_um), self.spots)
+        return tiles.of_spots(tiles.cut_study(self.done, side_um=self.side_um), self.spots)
 
-    def of_genes(self, fold: evaluate.Fold) -> np.ndarray:
+    def of_genes(self, fold: splits.Fold) -> np.ndarray:
         """Expression of a panel chosen on the training spots of a fold, standardised by slide."""
-        _, panel = refit.training_panel(self.done, self.spots, fold, n_genes=self.n_genes)
+        _, panel = training.training_panel(self.done, self.spots, fold, n_genes=self.n_genes)
         cut = tiles.cut_study(self.done, side_um=self.side_um)
         pairs = contrast.pair(self.done, cut, panel, standardise=True)
         table = pd.DataFrame(pairs.other, pairs.spots.index)
         return table.loc[self.spots.index].to_numpy()
 
-    def refitted(self, seed: int) -> Callable[[evaluate.Fold], np.ndarray]:
+    def refitted(self, seed: int) -> Callable[[splits.Fold], np.ndarray]:
         """Features of a tower fitted anew, with the settings of chapter 7."""
         settings = replace(contrast.BOOK, keep="last", seed=seed)
         how = {"side_um": self.side_um, "n_genes": self.n_genes, "settings": settings}
-        return refit.features(self.done, self.spots, **how)
+        return training.features_by_fold(self.done, self.spots, **how)
 
 
 def train_one(name: str, seed: int, rung: str, at: int) -> str:
@@ -84,10 +84,10 @@ def to_train(study: Study) -> Iterator[tuple[str, int, str, int]]:
     """Yield every tower that is needed; those of other seeds for left-out donors alone."""
     known = study.spots["label"].notna().to_numpy()
     for seed in SEEDS:
-        for rung, splits in study.rungs.items():
+        for rung, split in study.rungs.items():
             if seed and rung != GAP[1]:
                 continue
-            for at, fold in enumerate(splits.folds):
+            for at, fold in enumerate(split.folds):
                 if known[fold.train].any() and known[fold.test].any():
                     yield study.name, seed, rung, at
 
@@ -96,9 +96,9 @@ def features(study: Study) -> Iterator[tuple[str, int, tuple[str, ...], object, 
     """Yield name, seed, rungs, features and predictor of all that is scored."""
     every = tuple(study.rungs)
     nothing = np.zeros((len(study.spots), 1))
-    yield "majority", 0, every, nothing, evaluate.majority
-    yield "coordinates", 0, every, evaluate.coordinates(study.spots, degree=3), None
-    yield "neighbours", 0, every, nothing, evaluate.neighbours
+    yield "majority", 0, every, nothing, probing.majority
+    yield "coordinates", 0, every, probing.coordinates(study.spots, degree=3), None
+    yield "neighbours", 0, every, nothing, probing.spatial_neighbours
     yield "colour", 0, every, towers.embed(towers.load("colour"), study.tiles()), None
     yield "genes", 0, every, study.of_genes, None
     for seed in SEEDS:
@@ -111,7 +111,7 @@ def features(study: Study) -> Iterator[tuple[str, int, tuple[str, ...], object, 
         yield name, 0, every, partial(pretrained, study, name), None
 
 
-def pretrained(study: Study, name: str, fold: evaluate.Fold) -> np.ndarray:
+def pretrained(study: Study, name: str, fold: splits.Fold) -> np.ndarray:
     """Features of a tower with the hub's weights."""
     return towers.embed(towers.load(name), study.tiles())
 
@@ -131,7 +131,7 @@ def score(study: Study) -> list[dict]:
             if name in PRETRAINED:
                 x = x(None)
             for rung in rungs:
-                said[rung] = evaluate.predict(x, study.rungs[rung], predictor)
+                said[rung] = probing.predict(x, study.rungs[rung], predictor)
         except files.DataError as error:
             if name not in PRETRAINED:
                 raise
@@ -140,22 +140,22 @@ def score(study: Study) -> list[dict]:
             continue
         for rung, predictions in said.items():
             over = "block"
-            table = evaluate.score(predictions, over)
+            table = probing.score(predictions, over)
             rows += [
                 facts | {"split": rung, "folds": predictions["fold"].nunique()} | row
                 for row in table.to_dict("records")
             ]
         if set(GAP) <= set(said):
-            table = evaluate.difference(said[GAP[0]], said[GAP[1]])
+            table = probing.difference(said[GAP[0]], said[GAP[1]])
             name_of_gap = f"gap: {GAP[0]} - {GAP[1]}"
             rows += [facts | {"split": name_of_gap} | row for row in table.to_dict("records")]
         told[name] = told.get(name, {}) | said  # of several seeds, the last
         for other in GAINS if name == "fine-tuned" else ():
             pair = facts | {"features": f"{name} minus {other}"}
             for rung, predictions in said.items():
-                table = evaluate.difference(predictions, told[other][rung])
+                table = probing.difference(predictions, told[other][rung])
                 rows += [pair | {"split": rung} | row for row in table.to_dict("records")]
-        print(name, seed, {r: rounded(evaluate.score(p)) for r, p in said.items()}, flush=True)
+        print(name, seed, {r: rounded(probing.score(p)) for r, p in said.items()}, flush=True)
     return rows
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from helpers import own, plots, tiles, towers
+from helpers import plots, slides, tiles, towers
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("file", help='raw counts, and obsm["spatial"]: x, y in px of the image')
@@ -17,7 +17,7 @@ parser.add_argument("--tower", default="colour", help="colour, mini, clip, plip 
 parser.add_argument("--tech", default="Visium", help="the array: ST, Visium or VisiumHD")
 given = parser.parse_args()
 
-adata = own.read_h5ad(given.file, image_file=given.image, tech=given.tech)
+adata = slides.read_h5ad(given.file, image_file=given.image, tech=given.tech)
 tower = towers.load(given.tower)
 cut = tiles.cut(adata, side_um=100, size=tower.size_px)
 adata.obsm["image"] = towers.embed(tower, cut.array)

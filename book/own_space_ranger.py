@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from sklearn.preprocessing import StandardScaler
 
-from helpers import clusters, own, plots, tiles, towers
+from helpers import metrics, plots, slides, tiles, towers
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", help="what Space Ranger wrote: the folder outs")
@@ -17,12 +17,12 @@ parser.add_argument("--tower", default="colour", help="colour, mini, clip, plip 
 parser.add_argument("--clusters", type=int, default=5, help="how many to find")
 given = parser.parse_args()
 
-adata = own.read_space_ranger(given.folder, image_file=given.image)
+adata = slides.read_space_ranger(given.folder, image_file=given.image)
 tower = towers.load(given.tower)
 cut = tiles.cut(adata, side_um=100, size=tower.size_px)
 adata.obsm["image"] = towers.embed(tower, cut.array)
 scaled = StandardScaler().fit_transform(adata.obsm["image"])
-adata.obs["cluster"] = pd.Categorical(clusters.kmeans(scaled, given.clusters) + 1)
+adata.obs["cluster"] = pd.Categorical(metrics.kmeans(scaled, given.clusters) + 1)
 
 given.out.mkdir(parents=True, exist_ok=True)
 np.save(given.out / "tiles.npy", cut.array)

@@ -6,7 +6,7 @@ import signal
 import torch
 from test_contrast import QUICK, model_of, study
 
-from helpers import contrast, training
+from helpers import training
 
 torch.set_num_threads(1)
 training.SAVE_SECONDS = 0.0
@@ -24,4 +24,4 @@ def dies(*args: object) -> torch.Tensor:
 
 training.Run._step = dies
 train, validation = study()
-contrast.fit(model_of(), train, validation, QUICK, device="cpu")
+training.fit(model_of(), train, validation, QUICK, device="cpu")

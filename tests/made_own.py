@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 from scipy import sparse
 
-from helpers import own, slides
+from helpers import slides
 
 N_SPOTS = 36
 
@@ -65,7 +65,7 @@ def full_image(folder: Path, path: Path) -> Path:
 
 def h5ad(folder: Path, path: Path) -> tuple[Path, Path]:
     """Write the slide of a Space Ranger folder as h5ad; return its path and that of its image."""
-    adata = own.read_space_ranger(folder)
+    adata = slides.read_space_ranger(folder)
     bare = ad.AnnData(adata.X, obs=adata.obs[[]], var=adata.var[[]], obsm=dict(adata.obsm))
     bare.write_h5ad(path)
     return path, slides.image_path(adata)

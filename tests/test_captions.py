@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from scipy import sparse
 
-from helpers import captions, contrast, genes, slides, towers
+from helpers import contrast, genes, slides, towers, training
 from helpers.contrast import Pairs
 from helpers.files import DataError
 
 BLUE, PINK, GLASS = (90, 80, 150), (235, 130, 180), (245, 245, 245)
-TINY = replace(captions.SETTINGS, epochs=1, batch_size=8, dim=8)
+TINY = replace(training.CAPTION_SETTINGS, epochs=1, batch_size=8, dim=8)
 
 
 def painted(*colours: tuple[int, int, int]) -> np.ndarray:
@@ -36,7 +36,7 @@ def shade(colour: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
 
 
 def test_stains_see_hematoxylin_in_blue_and_eosin_in_pink() -> None:
-    blue, pink, glass = captions.stains(painted(BLUE, PINK, GLASS))
+    blue, pink, glass = contrast.stain_amounts(painted(BLUE, PINK, GLASS))
     assert blue[0] > 0.2 > max(pink[0], glass[0]) + 0.1
     assert blue[0] > blue[1]
     assert pink[1] > pink[0]
@@ -46,7 +46,7 @@ def test_stains_see_hematoxylin_in_blue_and_eosin_in_pink() -> None:
 def test_a_caption_by_hand() -> None:
     dark, middle, light = (shade(BLUE, amount) for amount in (1.0, 0.6, 0.2))
     spots = spots_of(["A1"] * 3, ["Layer 1", "Layer 2", np.nan])
-    said = captions.describe(painted(dark, middle, light), spots)
+    said = contrast.captions(painted(dark, middle, light), spots)
     assert said.index.equals(spots.index)
     nuclei = ["Layer 1 with many nuclei", "Layer 2 with some nuclei", "tissue with few nuclei"]
     assert [sentence.split(" on ")[0] for sentence in said] == nuclei
@@ -54,7 +54,7 @@ def test_a_caption_by_hand() -> None:
 
 def test_ground_follows_the_eosin() -> None:
     tiles = painted(*(shade(PINK, amount) for amount in (0.3, 1.0, 1.8)))
-    said = captions.describe(tiles, spots_of(["A1"] * 3, ["x"] * 3))
+    said = contrast.captions(tiles, spots_of(["A1"] * 3, ["x"] * 3))
     ground = ["pale ground", "pink ground", "deep pink ground"]
     assert [sentence.split(" on ")[1] for sentence in said] == ground
 
@@ -62,9 +62,9 @@ def test_ground_follows_the_eosin() -> None:
 @pytest.mark.parametrize("n", [3, 6, 30])
 def test_thirds_are_thirds(n: int) -> None:
     tiles = painted(*(shade(BLUE, 0.2 + amount) for amount in np.linspace(0, 1, n)))
-    said = captions.describe(tiles, spots_of(["A1"] * n, ["x"] * n))
+    said = contrast.captions(tiles, spots_of(["A1"] * n, ["x"] * n))
     counts = said.str.extract(r"with (\w+) nuclei")[0].value_counts()
-    assert counts.to_dict() == dict.fromkeys(captions.NUCLEI, n // 3)
+    assert counts.to_dict() == dict.fromkeys(contrast.NUCLEI, n // 3)
 
 
 def test_words_are_relative_to_the_slide() -> None:
@@ -73,37 +73,37 @@ def test_words_are_relative_to_the_slide() -> None:
     tiles = painted(*(shade(BLUE, a) for a in (*amounts, *2 * amounts)))
     order = [4, 0, 2, 5, 1, 3]
     spots = spots_of(["A1"] * 3 + ["B1"] * 3, ["x"] * 6)
-    said = captions.describe(tiles[order], spots.iloc[order])[spots.index].str.split(" on ").str[0]
+    said = contrast.captions(tiles[order], spots.iloc[order])[spots.index].str.split(" on ").str[0]
     assert said.iloc[:3].tolist() == said.iloc[3:].tolist()
     assert said.iloc[:3].nunique() == 3
 
 
 def test_labels_may_be_categories_and_may_be_missing() -> None:
     spots = spots_of(["A1"] * 3, pd.Categorical(["L1", None, "L1"]))
-    said = captions.describe(painted(BLUE, PINK, GLASS), spots)
+    said = contrast.captions(painted(BLUE, PINK, GLASS), spots)
     assert said.str.split(" with ").str[0].tolist() == ["L1", "tissue", "L1"]
     spots = spots_of(["A1"] * 2, [np.nan, np.nan])
-    assert captions.describe(painted(BLUE, PINK), spots).str.startswith("tissue with").all()
+    assert contrast.captions(painted(BLUE, PINK), spots).str.startswith("tissue with").all()
 
 
 def test_tiles_and_spots_must_be_as_many() -> None:
     with pytest.raises(DataError, match="2 tiles and 3 spots"):
-        captions.describe(painted(BLUE, PINK), spots_of(["A1"] * 3, ["x"] * 3))
+        contrast.captions(painted(BLUE, PINK), spots_of(["A1"] * 3, ["x"] * 3))
 
 
 def test_tokens() -> None:
     spots = spots_of(["A1"] * 3, ["Layer 1", "Layer 1", np.nan])
     tiles = painted(BLUE, PINK, GLASS)
     bare = Pairs(tiles, np.empty((3, 0), np.float32), spots)
-    pairs = captions.caption(bare)
+    pairs = contrast.with_captions(bare)
     assert pairs.other.shape == (3, 32)
     assert pairs.other.dtype == np.int64
     assert pairs.panel is None
-    assert pairs.spots["caption"].tolist() == captions.describe(tiles, spots).tolist()
+    assert pairs.spots["caption"].tolist() == contrast.captions(tiles, spots).tolist()
     assert "caption" not in bare.spots
     expected = towers.load_clip("mini", pretrained=False)[1](pairs.spots["caption"].tolist())
     assert (pairs.other == expected.numpy()).all()
-    assert captions.caption(bare, context=20).other.shape == (3, 20)
+    assert contrast.with_captions(bare, context=20).other.shape == (3, 20)
 
 
 # --- leaving a donor out ------------------------------------------------------------------------
@@ -131,9 +131,9 @@ def study(tmp_path, monkeypatch) -> dict[str, ad.AnnData]:
 
 def test_an_unknown_or_an_only_donor_is_refused(study) -> None:
     with pytest.raises(DataError, match=r"donor 'Z' of \['A', 'B', 'C'\]"):
-        captions.leave_out(study, "Z", settings=TINY)
+        training.leave_donor_out_captions(study, "Z", settings=TINY)
     with pytest.raises(DataError, match=r"donor 'A' of \['A'\]"):
-        captions.leave_out({"A1": study["A1"]}, "A", settings=TINY)
+        training.leave_donor_out_captions({"A1": study["A1"]}, "A", settings=TINY)
 
 
 def test_words_of_the_held_out_donor_never_reach_training(study, monkeypatch) -> None:
@@ -141,10 +141,10 @@ def test_words_of_the_held_out_donor_never_reach_training(study, monkeypatch) ->
 
     def fit(model, train, validation, settings, **_):
         given.append((train, validation))
-        return contrast.Fitted(model, pd.DataFrame(), 0, None)
+        return training.Fitted(model, pd.DataFrame(), 0, None)
 
-    monkeypatch.setattr(contrast, "fit", fit)
-    fold = captions.leave_out(study, "C", settings=TINY)
+    monkeypatch.setattr(training, "fit", fit)
+    fold = training.leave_donor_out_captions(study, "C", settings=TINY)
     ((train, validation),) = given
     assert validation is None
     assert set(train.spots["donor"]) == {"A", "B"}
@@ -152,19 +152,19 @@ def test_words_of_the_held_out_donor_never_reach_training(study, monkeypatch) ->
     secret = towers.load_clip("mini", pretrained=False)[1](["secret garden"])[0, 1:3].numpy()
     assert not np.isin(train.other, secret).any()
     assert np.isin(fold.test.other, secret).any(axis=1).all()
-    captions.leave_out(study, "A", settings=TINY)
+    training.leave_donor_out_captions(study, "A", settings=TINY)
     assert given[1][0].spots["caption"].str.contains("secret").sum() == 9  # with C in training
 
 
 def test_it_trains_and_is_read_back(study) -> None:
-    fold = captions.leave_out(study, "C", settings=TINY)
+    fold = training.leave_donor_out_captions(study, "C", settings=TINY)
     before, after = fold.before.state_dict(), fold.fitted.model.state_dict()
     assert not torch.equal(before["image_head.weight"], after["image_head.weight"])
     fixed = "other.token_embedding.weight"
     assert torch.equal(before[fixed], after[fixed])
     assert fold.panel is None
     assert len(fold.test) == 9
-    again = captions.leave_out(study, "C", settings=TINY)
+    again = training.leave_donor_out_captions(study, "C", settings=TINY)
     assert again.fitted.folder == fold.fitted.folder
     for one, two in zip(after.values(), again.fitted.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)

@@ -7,16 +7,16 @@ from made_spots import SLIDES, spots, telling
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from helpers.clusters import (
+from helpers.files import DataError
+from helpers.metrics import (
     agreement,
     kmeans,
     leiden,
-    paired,
-    same_footing,
+    pca_normalised,
     separation,
     spatial_leiden,
+    wilcoxon,
 )
-from helpers.files import DataError
 
 
 def blobs(n: int = 60, apart: float = 10.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -80,13 +80,13 @@ def _disagreeing(table: pd.DataFrame, clusters: np.ndarray) -> float:
         (lambda: kmeans(np.array([[0.0], [np.inf]]), 1), "the first is 1"),
         (lambda: agreement(["a", "b"], [1]), "2 labels for 1 spots"),
         (lambda: agreement(["a", None, "a"], [1, 2, 3]), "fewer than two classes"),
-        (lambda: same_footing(np.zeros((5, 3)), 4), "5 spots in 3 dimensions have no 4"),
-        (lambda: same_footing(np.zeros(5), 1), r"an embedding is float64 \(5,\)"),
+        (lambda: pca_normalised(np.zeros((5, 3)), 4), "5 spots in 3 dimensions have no 4"),
+        (lambda: pca_normalised(np.zeros(5), 1), r"an embedding is float64 \(5,\)"),
         (
             lambda: separation(telling(spots()), spots().assign(label="a"), dim=2),
             "no slide has two",
         ),
-        (lambda: paired({"a": 1}, {"b": 1}), "no slide in common"),
+        (lambda: wilcoxon({"a": 1}, {"b": 1}), "no slide in common"),
     ],
 )
 def test_what_cannot_be_done_is_said(call, message):
@@ -104,10 +104,10 @@ def test_agreement_leaves_unlabelled_spots_out():
 
 def test_the_same_footing_is_one_norm_and_one_dimension():
     x = 100 + 7 * blobs()[0]
-    y = same_footing(x, 3)
+    y = pca_normalised(x, 3)
     assert y.shape == (180, 3)
     np.testing.assert_allclose(np.linalg.norm(y, axis=1), 1)
-    np.testing.assert_allclose(np.abs(same_footing(5 * x - 3, 3)), np.abs(y), atol=1e-9)
+    np.testing.assert_allclose(np.abs(pca_normalised(5 * x - 3, 3)), np.abs(y), atol=1e-9)
 
 
 def test_separation_does_not_see_scale_or_useless_dimensions():
@@ -127,7 +127,7 @@ def test_separation_is_by_slide_and_by_label():
     assert sorted(set(rows["slide"])) == sorted(set(SLIDES) - {"A2"})
     assert rows.groupby("slide").size().eq(3).all()
     here = (table["slide"] == "B1").to_numpy() & table["label"].notna().to_numpy()
-    expected = silhouette_score(same_footing(x, 4)[here], table["label"][here])
+    expected = silhouette_score(pca_normalised(x, 4)[here], table["label"][here])
     row = rows[(rows["slide"] == "B1") & (rows["measure"] == "silhouette")].iloc[0]
     assert row["value"] == pytest.approx(expected)
     assert (row["n"], row["better"]) == (here.sum(), "higher")
@@ -148,7 +148,7 @@ def test_a_paired_test_over_slides():
     names = [f"s{i}" for i in range(9)]
     first = pd.Series(rng.normal(0.3, 1, 9), names)
     second = pd.Series(rng.normal(0, 1, 9), names)
-    row = paired(first, second[::-1]).iloc[0]  # joined by name
+    row = wilcoxon(first, second[::-1]).iloc[0]  # joined by name
     expected = stats.wilcoxon(first - second, method="exact")
     assert (row["n"], row["p"]) == (9, pytest.approx(expected.pvalue))
     assert row["median"] == pytest.approx(np.median(first - second))
@@ -158,18 +158,18 @@ def test_a_paired_test_over_slides():
     ("n", "smallest", "can"), [(4, 0.125, False), (5, 0.0625, False), (6, 0.03125, True)]
 )
 def test_few_slides_can_never_be_significant(n, smallest, can):
-    row = paired({i: i + 1.0 for i in range(n)}, dict.fromkeys(range(n), 0.0)).iloc[0]
+    row = wilcoxon({i: i + 1.0 for i in range(n)}, dict.fromkeys(range(n), 0.0)).iloc[0]
     assert row["p"] == row["smallest_p"] == smallest  # the clearest difference there can be
     assert row["can_reach_05"] == can
 
 
 def test_ties_and_zeros_are_counted_exactly():
     """By hand: gaps 1, 1, -1 and a zero. All 8 signs: W+ is 0, 2 (3x), 4 (3x), 6; ours is 4."""
-    row = paired({"a": 1, "b": 1, "c": -1, "d": 0}, dict.fromkeys("abcd", 0)).iloc[0]
+    row = wilcoxon({"a": 1, "b": 1, "c": -1, "d": 0}, dict.fromkeys("abcd", 0)).iloc[0]
     assert (row["n"], row["p"], row["smallest_p"]) == (4, 1.0, 0.25)
-    assert paired({"a": 1}, {"a": 1})["p"][0] == 1
+    assert wilcoxon({"a": 1}, {"a": 1})["p"][0] == 1
 
 
 def test_a_single_pair_proves_nothing():
-    row = paired({"a": 1.0}, {"a": 0.0}).iloc[0]
+    row = wilcoxon({"a": 1.0}, {"a": 0.0}).iloc[0]
     assert (row["n"], row["p"], row["can_reach_05"]) == (1, 1.0, False)

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import nn
 
 from helpers import contrast, genes, slides, training
-from helpers.contrast import BOOK, PAPER, Pairs, Settings, TwoTowers, fit, info_nce, recall
+from helpers.contrast import BOOK, PAPER, Pairs, Settings, TwoTowers, info_nce
 from helpers.files import DataError
+from helpers.metrics import recall
 from helpers.towers import GeneTower, TextTower, load_clip
+from helpers.training import fit
 
 HERE = Path(__file__).parent
 PANEL = genes.Panel("ten", tuple(f"G{i}" for i in range(10)), "by hand", ("A1", "A2"))
@@ -463,7 +465,7 @@ def test_any_change_of_settings_data_or_start_is_another_model():
     train, validation = study()
 
     def key(model=None, train=train, validation=validation, settings=QUICK):
-        return contrast._key(model or model_of(), train, validation, settings)
+        return training._key(model or model_of(), train, validation, settings)
 
     tiles, other = train.tiles.copy(), train.other.copy()
     tiles[0, 0, 0, 0] ^= 1
@@ -560,7 +562,7 @@ def test_truncated_checkpoint(interrupted):
 
 def test_checkpoint_of_another_training(interrupted, monkeypatch):
     other = replace(QUICK, lr=1e-3)
-    key = contrast._key(model_of(), *study(), other)
+    key = training._key(model_of(), *study(), other)
     target = interrupted.parents[1] / key / "checkpoint.pt"
     target.parent.mkdir()
     target.write_bytes(interrupted.read_bytes())
@@ -707,10 +709,10 @@ def test_other_errors_of_torch_stay_what_they_are():
 # --------------------------------------------------------------------------- one fold
 
 
-def left_out(adatas: dict[str, ad.AnnData], donor: str, **more: object) -> contrast.Fold:
+def left_out(adatas: dict[str, ad.AnnData], donor: str, **more: object) -> training.HeldOut:
     settings = {"settings": QUICK, "n_genes": 10, "size": 6, "tower": Small(), **more}
     torch.manual_seed(1)
-    return contrast.leave_out(adatas, donor, **settings)
+    return training.leave_donor_out(adatas, donor, **settings)
 
 
 def test_a_fold_has_everyone_in_one_place(sections):

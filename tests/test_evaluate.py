@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from made_spots import SCALES, spots, telling
 
-from helpers import evaluate
+from helpers import metrics, probing, splits
 
 HERE = Path(__file__).parent
 
@@ -19,22 +19,18 @@ HERE = Path(__file__).parent
 def whole() -> str:
     """Everything that sorts, draws or hashes, as text."""
     table = spots().assign(label=lambda t: t["label"].astype("category"))
-    x, rungs = telling(table), evaluate.ladder(table, SCALES, together=True)
-    quick = partial(evaluate.logistic, alphas=(1.0, 0.1))
-    found = [evaluate.predict(x, rungs[name], quick) for name in ("random spots", "left-out donor")]
+    x, rungs = telling(table), splits.ladder(table, SCALES, together=True)
+    quick = partial(probing.logistic, alphas=(1.0, 0.1))
+    found = [probing.predict(x, rungs[name], quick) for name in ("random spots", "left-out donor")]
     tables = [
         *found,
-        evaluate.difference(*found, over="donor"),
-        evaluate.paper(x, table, seeds=[0], alphas=[0.01, 0.1]),
-        evaluate.mixing(x, table["donor"], table["label"]),
-        pd.DataFrame(evaluate.kmeans(x, 4)),
+        probing.difference(*found, over="donor"),
+        probing.paper_protocol(x, table, seeds=[0], alphas=[0.01, 0.1]),
+        metrics.mixing(x, table["donor"], table["label"]),
+        pd.DataFrame(metrics.kmeans(x, 4)),
     ]
     names = [fold.name for rung in rungs.values() for fold in rung.folds]
     return "\n".join([*names, *(one.to_csv() for one in tables)])
-
-
-def test_every_name_is_there():
-    assert [name for name in evaluate.__all__ if not hasattr(evaluate, name)] == []
 
 
 def test_another_process_finds_the_same():
@@ -61,11 +57,11 @@ def test_a_leak_through_neighbours_is_named_in_numbers():
     slide = np.unique(table["slide"], return_inverse=True)[1]
     place = np.eye(54)[slide * 9 + (table["y_px"] / 100).astype(int)]
     x = place + 0.01 * rng.normal(size=place.shape)
-    rungs = evaluate.ladder(table, SCALES, together=True)
-    quick = partial(evaluate.logistic, alphas=(0.1, 0.001))
-    random = evaluate.predict(x, rungs["random spots"], quick)
-    donor = evaluate.predict(x, rungs["left-out donor"], quick)
-    assert evaluate.score(random)["value"][1] > 0.9
-    gap = evaluate.difference(random, donor, over="block").iloc[1]
+    rungs = splits.ladder(table, SCALES, together=True)
+    quick = partial(probing.logistic, alphas=(0.1, 0.001))
+    random = probing.predict(x, rungs["random spots"], quick)
+    donor = probing.predict(x, rungs["left-out donor"], quick)
+    assert probing.score(random)["value"][1] > 0.9
+    gap = probing.difference(random, donor, over="block").iloc[1]
     assert gap["low"] > 0.3
     assert gap["second"] == pytest.approx(1 / 3, abs=0.15)

@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 
-from helpers import hover
+from helpers import plots
 from helpers.files import DataError
 
 NASTY = '</script><img src=x onerror="alert(1)">&amp;<!-- @DATA@'
@@ -42,7 +42,7 @@ def made(n: int = 30, **options) -> str:
         "colours": ["C0"] * n,
         "title": "a map",
     }
-    return hover.scatter(**given | options).data
+    return plots.hover_map(**given | options).data
 
 
 def inner(outer: str) -> str:
@@ -127,7 +127,7 @@ def test_a_figure_that_cannot_be_seen_is_named():
 def test_a_large_map_stays_within_the_limit_by_smaller_tiles():
     n = 1500
     page = made(n, tiles=tissue(n, 48))
-    assert len(page) <= hover.LIMIT
+    assert len(page) <= plots.LIMIT
     assert sheet_of(page).size == (39 * 48, 39 * 48)
     assert len(data_of(page)["xy"]) == n
     tight = made(n, tiles=tissue(n, 48), limit=500_000)
@@ -168,7 +168,7 @@ def test_bad_input_is_named(options, message):
 def test_along_draws_the_tile_nearest_the_middle_of_each_square():
     xy = np.array([[0.0, 0.0], [2.4, 2.6], [10.0, 10.0], [9.9, 0.1]])
     tiles = plain(["red", "lime", "blue", "yellow"], 8)
-    ax = hover.along(xy, tiles, ["C0", "C1", "C2", "C3"], side_um=50, across=2)
+    ax = plots.tile_map(xy, tiles, ["C0", "C1", "C2", "C3"], side_um=50, across=2)
     drawn = {tuple(im.get_extent()): im.get_array()[0, 0].tolist() for im in ax.images}
     assert len(drawn) == len(ax.patches) == 3  # the first two points share a square
     first = next(v for (x0, _, y0, _), v in drawn.items() if x0 < 5 and y0 < 5)
@@ -182,7 +182,7 @@ def test_along_draws_the_tile_nearest_the_middle_of_each_square():
 
 def test_along_needs_one_tile_per_point():
     with pytest.raises(DataError, match="3 tiles for 2 points"):
-        hover.along(np.eye(2), tissue(3))
+        plots.tile_map(np.eye(2), tissue(3))
 
 
 # --- in a browser -------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def drawn(one: Tab) -> np.ndarray:
 def page(tmp_path):
     """A page with scripts of its own that would break what is not in a frame."""
     n = len(POINTS)
-    figure = hover.scatter(
+    figure = plots.hover_map(
         np.array([[0.0, 0.0], [4.0, 3.0], [8.0, 0.5]]), plain(TILES), [NASTY] * n, POINTS,
         title="three points", legend=dict(zip("abc", POINTS, strict=True)),
     )  # fmt: skip

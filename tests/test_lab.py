@@ -203,7 +203,7 @@ from dataclasses import replace
 
 from test_contrast import QUICK, model_of, study
 
-from helpers import contrast, training
+from helpers import training
 
 logging.basicConfig(format="%(message)s")
 training.logger.setLevel(logging.INFO)
@@ -213,7 +213,7 @@ settings = replace(QUICK, epochs=60)
 """
 TRAIN = """
 wait = lambda history: time.sleep(0.03)
-fitted = contrast.fit(model_of(), train, validation, settings, device="cpu", on_epoch=wait)
+fitted = training.fit(model_of(), train, validation, settings, device="cpu", on_epoch=wait)
 print(*sorted(fitted.history["epoch"].unique()))
 """
 

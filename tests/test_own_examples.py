@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import genes, own
+from helpers import genes, slides
 from helpers.files import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def test_from_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_slides_are_read_as_the_page_says(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    names = {"own": own, "folders": {"left": made_own.space_ranger(tmp_path / "outs")}}
+    names = {"slides": slides, "folders": {"left": made_own.space_ranger(tmp_path / "outs")}}
     exec(code, names)
     assert set(names["loaded"]["left"].obs["slide"]) == {"left"}
 
@@ -81,13 +81,13 @@ class Mine:
         self.file, self.thumbnail = made_own.h5ad(self.outs, folder / "mine.h5ad")
 
     def space_ranger(self, image: Path | None = None) -> ad.AnnData:
-        return own.read_space_ranger(self.outs, image_file=image or self.full)
+        return slides.read_space_ranger(self.outs, image_file=image or self.full)
 
     def h5ad(self, change: Callable[[ad.AnnData], object], **options: object) -> ad.AnnData:
         adata = ad.read_h5ad(self.file)
         changed = change(adata)
         (changed if isinstance(changed, ad.AnnData) else adata).write_h5ad(self.file)
-        return own.read_h5ad(self.file, image_file=self.thumbnail, **options)
+        return slides.read_h5ad(self.file, image_file=self.thumbnail, **options)
 
 
 def swapped(mine: Mine, height: int) -> None:
@@ -127,7 +127,7 @@ def other_barcodes(mine: Mine) -> None:
 
 SPOILED: dict[str, Callable[[Mine], object]] = {
     "the image is missing": no_image,
-    "no full image given": lambda mine: own.read_space_ranger(mine.outs),
+    "no full image given": lambda mine: slides.read_space_ranger(mine.outs),
     "not a PNG": another_format,
     "lie outside the image of ... x and y look swapped": lambda mine: swapped(mine, 150),
     "lie on tissue": lambda mine: swapped(mine, 360),

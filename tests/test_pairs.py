@@ -8,8 +8,8 @@ import torch
 from scipy import sparse
 
 from helpers import genes
+from helpers.contrast import NUMBERS, Pairs, augment, augmented, check_apart, pair
 from helpers.files import DataError
-from helpers.pairs import NUMBERS, Pairs, augment, augmented, check_apart, pair
 from helpers.tiles import Tiles
 
 GENES = ["Ga", "Gb", "Gc", "Gd"]

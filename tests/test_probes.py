@@ -14,11 +14,20 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import linear
+from helpers import probing
 from helpers.files import DataError
-from helpers.linear import ALPHAS, PENALTIES, lbfgs_path, logistic
-from helpers.probes import coordinates, majority, neighbours, paper, predict
-from helpers.scores import score
+from helpers.probing import (
+    ALPHAS,
+    PENALTIES,
+    coordinates,
+    logistic,
+    logistic_path,
+    majority,
+    paper_protocol,
+    predict,
+    score,
+    spatial_neighbours,
+)
 from helpers.splits import Fold, Splits, ladder, left_out, random_spots
 
 quick = partial(logistic, alphas=(1.0, 0.01))
@@ -41,7 +50,9 @@ def rungs_of(table: pd.DataFrame) -> dict[str, Splits]:
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("predictor", [quick, neighbours], ids=["probe", "neighbours"])
+@pytest.mark.parametrize(
+    "predictor", [quick, spatial_neighbours], ids=["probe", "spatial_neighbours"]
+)
 def test_shuffled_labels_score_at_chance(rung, predictor):
     """486 spots of 3 classes: three standard errors around a third."""
     table = shuffled(spots())
@@ -60,7 +71,7 @@ def test_a_split_that_tests_on_training_is_seen_by_shuffled_labels():
     splits = random_spots(table)
     every = np.arange(len(table))
     leak = Splits("leak", splits.spots, (Fold("all", every, every),), splits.within)
-    assert found(predict(telling(table), leak, partial(neighbours, k=1))) == 1
+    assert found(predict(telling(table), leak, partial(spatial_neighbours, k=1))) == 1
 
 
 def test_the_test_part_changes_nothing_in_what_is_fitted(monkeypatch):
@@ -73,7 +84,7 @@ def test_the_test_part_changes_nothing_in_what_is_fitted(monkeypatch):
             fitted.append((self.C, self.coef_.copy(), self.intercept_.copy(), x.copy()))
             return self
 
-    monkeypatch.setattr(linear, "LogisticRegression", Watched)
+    monkeypatch.setattr(probing, "LogisticRegression", Watched)
     table, x = spots(), telling(spots())
     splits = left_out(table)
     only_c = Splits("C", splits.spots, splits.folds[2:], splits.within)
@@ -112,7 +123,7 @@ def test_the_penalty_is_chosen_inside_training_and_used():
             truth, said = [], []
             for name in sorted(set(donor)):
                 train, held = fold.train[donor != name], fold.train[donor == name]
-                ((_, model),) = lbfgs_path(x[train], y[train], [alpha])
+                ((_, model),) = logistic_path(x[train], y[train], [alpha])
                 truth.extend(y[held])
                 said.extend(model.predict(x[held]))
             inner[alpha] = f1_score(truth, said, average="macro")
@@ -208,7 +219,7 @@ def test_a_classifier_of_scikit_learn_is_a_predictor():
 
 def test_the_path_ends_where_a_fresh_start_does():
     x, y = telling(spots(), d=20), spots()["label"].to_numpy()
-    for alpha, model in lbfgs_path(x, y, ALPHAS):
+    for alpha, model in logistic_path(x, y, ALPHAS):
         np.testing.assert_allclose(model[0].mean_, x.mean(axis=0), atol=1e-6)
         np.testing.assert_allclose(model[0].scale_, x.std(axis=0), rtol=1e-5)
         fresh = LogisticRegression(C=1 / (alpha * len(x)), class_weight="balanced", tol=1e-8,
@@ -233,12 +244,12 @@ def test_classes_are_balanced():
     assert share["balanced"] > share["plain"] + 0.2
 
 
-# --------------------------------------------------------------------------- the paper
+# --------------------------------------------------------------------------- the paper_protocol
 
 
 def test_the_paper_protocol_by_hand():
     table, x = spots(), telling(spots())
-    rows = paper(x, table, seeds=[3])
+    rows = paper_protocol(x, table, seeds=[3])
     order = np.random.default_rng(3).permutation(len(table))
     train, validation, test = np.split(order, [int(0.8 * 486), int(0.9 * 486)])
     y = table["label"].to_numpy()
@@ -254,7 +265,7 @@ def test_the_paper_protocol_by_hand():
 
 
 def test_the_paper_protocol_gives_a_tidy_table():
-    rows = paper(telling(spots()), spots(), path=lbfgs_path)
+    rows = paper_protocol(telling(spots()), spots(), path=logistic_path)
     assert len(rows) == 5 * 2 * 2
     assert rows.groupby("seed")["alpha"].nunique().eq(1).all()
     assert rows["value"].between(0, 1).all()
@@ -277,13 +288,13 @@ def test_coordinates_run_from_minus_one_to_one_on_each_slide():
 
 
 def test_neighbours_tell_what_is_around_a_spot():
-    predictions = predict(np.zeros((486, 1)), random_spots(spots()), neighbours)
+    predictions = predict(np.zeros((486, 1)), random_spots(spots()), spatial_neighbours)
     assert found(predictions) > 0.85
 
 
 def test_neighbours_know_nothing_on_another_slide():
     table, nothing = spots(), np.zeros((486, 1))
-    there = predict(nothing, left_out(table), neighbours)
+    there = predict(nothing, left_out(table), spatial_neighbours)
     blind = predict(nothing, left_out(table), majority)
     np.testing.assert_array_equal(there["predicted"], blind["predicted"])
 
@@ -294,7 +305,7 @@ def test_neighbours_of_another_slide_have_no_vote():
     table.loc[table["slide"] == "B1", "label"] = table.loc[
         table["slide"] == "B1", "label"
     ].to_numpy()[::-1]
-    assert found(predict(np.zeros((162, 1)), random_spots(table), neighbours)) > 0.8
+    assert found(predict(np.zeros((162, 1)), random_spots(table), spatial_neighbours)) > 0.8
 
 
 # --------------------------------------------------------------------------- trouble
@@ -319,7 +330,7 @@ def test_one_class_only_is_refused():
     table = spots().assign(label="outer")
     for call in (
         lambda: predict(telling(spots()), left_out(table)),
-        lambda: paper(telling(spots()), table),
+        lambda: paper_protocol(telling(spots()), table),
     ):
         with pytest.raises(DataError, match=r"1 class \['outer'\]: there is nothing to tell apart"):
             call()
@@ -405,4 +416,4 @@ def test_too_few_labels_for_the_paper_protocol():
     table.iloc[9:, table.columns.get_loc("label")] = None
     table.iloc[0, table.columns.get_loc("label")] = "outer"
     with pytest.raises(DataError, match="9 labelled spots cannot be split"):
-        paper(telling(spots()), table)
+        paper_protocol(telling(spots()), table)

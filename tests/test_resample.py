@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.resample import resample, taps
+from helpers.tiles import resample, taps
 
 
 def pillow(picture, box, size):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers import results
+from helpers import plots
 from helpers.files import DataError
 
 REPORT = {
@@ -20,7 +20,7 @@ REPORT = {
 
 def test_rows_come_with_commit_machine_day_and_data(tmp_path):
     (tmp_path / "some.json").write_text(json.dumps(REPORT))
-    rows, line = results.measured("some.json", folder=tmp_path, study="mob")
+    rows, line = plots.measured("some.json", folder=tmp_path, study="mob")
     assert rows["value"].tolist() == [1.0]
     for said in ("NOT this run", "local copy", "a processor", "0123456", "2026-01-02"):
         assert said in line
@@ -29,7 +29,7 @@ def test_rows_come_with_commit_machine_day_and_data(tmp_path):
 def test_rows_may_be_of_other_commits_than_the_file(tmp_path):
     rows = [row | {"commit": "fedcba9876-changed"} for row in REPORT["rows"]]
     (tmp_path / "some.json").write_text(json.dumps(REPORT | {"rows": rows}))
-    _, line = results.measured("some.json", folder=tmp_path)
+    _, line = plots.measured("some.json", folder=tmp_path)
     assert "commit fedcba9 with changes" in line
     assert "0123456" not in line
 
@@ -37,13 +37,13 @@ def test_rows_may_be_of_other_commits_than_the_file(tmp_path):
 @pytest.mark.parametrize("wanted", [{"study": "none"}, {"column": 1}])
 def test_what_was_not_measured_is_said(tmp_path, wanted):
     (tmp_path / "some.json").write_text(json.dumps(REPORT))
-    rows, line = results.measured("some.json", folder=tmp_path, **wanted)
+    rows, line = plots.measured("some.json", folder=tmp_path, **wanted)
     assert rows.empty
     assert "not measured" in line
 
 
 def test_a_missing_file_is_said(tmp_path):
-    rows, line = results.measured("some.json", folder=tmp_path)
+    rows, line = plots.measured("some.json", folder=tmp_path)
     assert rows.empty
     assert "is not here" in line
 
@@ -52,10 +52,10 @@ def test_a_missing_file_is_said(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(DataError, match=r"some\.json"):
-        results.measured("some.json", folder=tmp_path)
+        plots.measured("some.json", folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["data.json", "finetune.json", "train.json"])
 def test_the_reports_of_the_repository_can_be_read(name):
-    rows, line = results.measured(name)
+    rows, line = plots.measured(name)
     assert len(rows), line

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from helpers.files import DataError
-from helpers.scores import calibration, calibration_error, confusion, difference, measure, score
+from helpers.probing import calibration, calibration_error, confusion, difference, measure, score
 
 
 def predictions(

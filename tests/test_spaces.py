@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helpers.files import DataError
-from helpers.spaces import mixing, neighbour_overlap, neighbours_of, procrustes
+from helpers.metrics import mixing, nearest_neighbours, neighbour_overlap, procrustes
 
 
 def two_batches(apart: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +111,8 @@ def test_a_map_of_something_else_keeps_them_by_chance():
 def test_neighbours_kept_by_hand():
     """On a line 0, 1, 3, 6 and with the second moved to 5: whose nearest is still the same?"""
     first, second = np.array([[0.0], [1], [3], [6]]), np.array([[0.0], [5], [3], [6]])
-    assert neighbours_of(first, 1).ravel().tolist() == [1, 0, 1, 2]
-    assert neighbours_of(second, 1).ravel().tolist() == [2, 3, 1, 1]
+    assert nearest_neighbours(first, 1).ravel().tolist() == [1, 0, 1, 2]
+    assert nearest_neighbours(second, 1).ravel().tolist() == [2, 3, 1, 1]
     assert neighbour_overlap(first, second, k=1)["value"][0] == 0.25
 
 

@@ -12,8 +12,17 @@ from sklearn.dummy import DummyClassifier
 from sklearn.model_selection import cross_val_score
 
 from helpers.files import DataError
-from helpers.places import blocks, describe, parts, units
-from helpers.splits import Splits, ladder, left_out, random_spots, spatial_blocks
+from helpers.slides import spot_table
+from helpers.splits import (
+    Splits,
+    blocks,
+    ladder,
+    left_out,
+    parts,
+    random_spots,
+    spatial_blocks,
+    units,
+)
 
 
 def trouble(splits: Splits, *, adjacent: bool = True, buffer_um: float | None = None) -> list[str]:
@@ -102,7 +111,7 @@ def test_random_spots_are_tested_once_and_leak_by_design(made, n):
 
 
 def test_the_check_of_splits_sees_a_leak():
-    table = describe(spots(), SCALES)
+    table = spot_table(spots(), SCALES)
     assert {"adjacent section", "within the buffer"} <= set(
         trouble(random_spots(table), buffer_um=400)
     )
@@ -250,16 +259,16 @@ def adata_of(slide: str, table: pd.DataFrame) -> ad.AnnData:
 def test_a_table_and_slides_tell_the_same():
     table = spots()
     adatas = {slide: adata_of(slide, table) for slide in SLIDES}
-    expected = describe(table, SCALES)
-    for other in (describe(adatas), describe(table, adatas), describe(expected)):
+    expected = spot_table(table, SCALES)
+    for other in (spot_table(adatas), spot_table(table, adatas), spot_table(expected)):
         pd.testing.assert_frame_equal(other, expected, check_dtype=False)
-    one = describe(adatas["B1"])
+    one = spot_table(adatas["B1"])
     pd.testing.assert_frame_equal(one, expected[expected["slide"] == "B1"], check_dtype=False)
 
 
 def test_microns_are_px_times_the_scale_of_the_slide():
     scales = {slide: float(i + 1) for i, slide in enumerate(SLIDES)}
-    table = describe(spots(), scales)
+    table = spot_table(spots(), scales)
     factor = table["slide"].map(scales)
     np.testing.assert_allclose(table["y_um"], table["y_px"] * factor)
     np.testing.assert_allclose(table["x_um"], table["x_px"] * factor)
@@ -268,7 +277,7 @@ def test_microns_are_px_times_the_scale_of_the_slide():
 def test_a_slide_without_labels_may_come():
     adata = adata_of("A1", spots())
     del adata.obs["label"]
-    assert describe(adata)["label"].isna().all()
+    assert spot_table(adata)["label"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -285,14 +294,14 @@ def test_a_slide_without_labels_may_come():
 )
 def test_a_broken_table_is_refused(change, message):
     with pytest.raises(DataError, match=message):
-        describe(change(spots()))
+        spot_table(change(spots()))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: describe(t, {"A1": 2.0}), "slide A2: no um per px is known"),
-        (lambda t: describe(t, {**SCALES, "B1": 0.0}), "slide B1: 0.0 um per px is no scale"),
+        (lambda t: spot_table(t, {"A1": 2.0}), "slide A2: no um per px is known"),
+        (lambda t: spot_table(t, {**SCALES, "B1": 0.0}), "slide B1: 0.0 um per px is no scale"),
         (lambda t: spatial_blocks(t), "needs the scale"),
         (lambda t: spatial_blocks(t, 1, um_per_px=SCALES), "n is 1"),
         (lambda t: spatial_blocks(t, buffer_um=-1, um_per_px=SCALES), "buffer_um -1"),

@@ -24,7 +24,7 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import files, slides, tiles, towers, weights
+from helpers import files, slides, tiles, towers
 from helpers.files import DataError
 
 TEXTS = ["a", "nerve layer", "a tile of the granule cell layer, H&E stain", "tumour " * 40]
@@ -138,7 +138,7 @@ def test_conversion_is_kept_and_a_changed_source_is_noticed(
     first = towers.load("quick", weights=source).state_dict()
     (kept,) = (tmp_path / "cache" / "towers").glob("*.safetensors")
     with monkeypatch.context() as without:
-        without.delattr(weights, "convert")
+        without.delattr(towers, "convert")
         again = towers.load("quick", weights=source).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
     changed = torch.load(source, weights_only=True)
@@ -247,7 +247,7 @@ def test_gated_weights_say_how_to_ask(empty_hub, monkeypatch) -> None:
         towers.load("uni")
 
 
-def hub_file(cache: Path, source: weights.Source, content: bytes) -> Path:
+def hub_file(cache: Path, source: towers.Source, content: bytes) -> Path:
     """Lay a file where the hub's client keeps it."""
     folder = cache / f"models--{source.repo.replace('/', '--')}" / "snapshots" / source.revision
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def hub_file(cache: Path, source: weights.Source, content: bytes) -> Path:
 
 
 def test_what_the_hub_once_sent_is_used_offline(empty_hub, tmp_path, monkeypatch) -> None:
-    source = weights.Source("some/model", "1" * 40, "open_clip_model.safetensors")
+    source = towers.Source("some/model", "1" * 40, "open_clip_model.safetensors")
     card = dataclasses.replace(towers.card("mini"), name="sent", source=source)
     monkeypatch.setitem(towers.CARDS, "sent", card)
     saved, _ = towers.load_clip("mini", seed=4)

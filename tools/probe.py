@@ -68,11 +68,11 @@ class Pin(NamedTuple):
 
 def pins() -> list[Pin]:
     """Return every file on the hub that the helpers may ask for by themselves."""
-    from helpers import catalog, weights
+    from helpers import catalog, towers
 
     found = [
         Pin("model", s.repo, s.revision, s.file, s.sha256, card.gated)
-        for card in weights.CARDS.values()
+        for card in towers.CARDS.values()
         if (s := card.source)
     ]
     for study in catalog.STUDIES.values():

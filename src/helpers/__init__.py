@@ -1,14 +1,9 @@
 """What every chapter of the book repeats, one module per stage of the pipeline.
 
-``catalog -> (images, counts) -> slides -> tiles -> genes -> towers -> contrast -> evaluate ->
-plots``, with ``simulate`` writing a small study that ``slides`` reads like any other.
-``weights`` belongs to ``towers``; ``pairs``, ``model`` and ``training`` to ``contrast``;
-``places``, ``splits``, ``scores``, ``linear``, ``probes``, ``clusters`` and ``spaces`` to
-``evaluate``.
-``captions`` uses ``contrast``; ``refit`` uses ``contrast`` and ``splits``; ``hover`` draws for a
-page, and ``results`` reads what was measured before.
-Arrows go one way: no module imports a later one.
-Importing the package imports none of them, so that a chapter pays only for what it uses.
+``files -> catalog -> (simulate, images, counts) -> slides -> tiles -> genes -> towers -> contrast
+-> training`` leads from a raw slide to a trained model, and ``slides -> splits -> probing ->
+metrics`` to a verdict on features; ``plots`` draws both. Arrows go one way: no module imports a
+later one. Importing the package imports none of them, so a chapter pays only for what it uses.
 """
 
 __version__ = "0.1.0"

@@ -1,357 +1,637 @@
-"""Two towers brought together: the model, the loss, and one `fit` for laptop, GPU and torchrun.
-
-`fit` is a function of initial weights, data and settings alone: every random number is drawn from
-the seed, the epoch and the step. So a result is looked up instead of computed twice, and a training
-that was killed goes on where it stood, to the same weights.
-"""
+"""Pairs of tiles and a second view, the two-tower model, its loss and its settings."""
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+import torch.nn.functional as F
+from skimage.color import hed_from_rgb, rgb_from_hed
+from torch import Tensor, nn
 
 from helpers import genes, towers
-from helpers.files import DataError, atomic, cache_dir, digest
-from helpers.model import (
-    BOOK,
-    KS,
-    PAPER,
-    Settings,
-    TwoTowers,
-    choose_device,
-    choose_precision,
-    embed_pairs,
-    info_nce,
-    recall,
-)  # fmt: skip
-from helpers.pairs import Pairs, augment, check_apart, pair
-from helpers.training import Run, ranks, share
-from helpers.weights import hashed
+from helpers.files import DataError
+from helpers.tiles import Tiles
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = [
-    "BOOK", "PAPER", "Fitted", "Fold", "Pairs", "Settings", "TwoTowers", "augment", "check_apart",
-    "embed_pairs", "fit", "info_nce", "leave_out", "pair", "recall",
-]  # fmt: skip
-
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what `fit` computes; a new one makes every cached model stale
+FACTS = ["slide", "donor", "group", "label", "x_px", "y_px"]
+"""Columns of `Pairs.spots`."""
+NUMBERS = 19
+"""Random numbers that `augmented` takes for one tile."""
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A trained model and how it got there.
+class Pairs:
+    """Tiles and a second view of the same spots, row by row.
 
     Attributes
     ----------
-    model
-        In eval mode, with the weights of `best_epoch`.
-    history
-        One row per measurement: `epoch`, `split` (``"train"``, ``"validation"``), `measure`
-        (``"loss"``, ``"recall"``, ``"temperature"``, ``"learning rate"``, ``"seconds"``,
-        ``"tiles per second"``), `direction` and `k` and `chance` of a recall, `value`. Epoch 0 is
-        before training.
-    best_epoch
-        The epoch that was kept.
-    folder
-        Where it lies in the cache; None when it does not.
-    """
-
-    model: TwoTowers
-    history: pd.DataFrame
-    best_epoch: int
-    folder: Path | None
-
-
-def fit(
-    model: TwoTowers,
-    train: Pairs,
-    validation: Pairs | None = None,
-    settings: Settings = BOOK,
-    *,
-    device: str | torch.device | None = None,
-    cache: bool = True,
-    on_epoch: Callable[[pd.DataFrame], None] | None = None,
-) -> Fitted:
-    """Train two towers to find each other's rows.
-
-    The result is a function of the model's weights, the pairs and the settings. It is kept in the
-    cache and read back when the same is asked for again; a training that was cut off goes on from
-    its last checkpoint. Under torchrun, every process takes its share of each batch.
-
-    Parameters
-    ----------
-    model
-        Where to start; left as it is.
-    train, validation
-        Pairs with no slide, no group of adjacent sections and no other panel in common. A tower
-        with `set_scale` learns the scale of the second view, from `train` alone.
-    settings
-        How to train.
-    device
-        ``"cuda"`` if there is one, else ``"cpu"``, when None.
-    cache
-        Look the result up and keep it.
-    on_epoch
-        Called with the history after every epoch, for a live curve; once when read back.
-
-    Returns
-    -------
-    Fitted
+    tiles
+        uint8 ``(n, size, size, 3)``, in memory or memory-mapped.
+    other
+        The second view: float32 ``(n, genes)``, or int64 tokens ``(n, context)``.
+    spots
+        One row per pair, named by spot id: `slide`, `donor`, `group` (adjacent sections share one),
+        `label`, and the centre `x_px`, `y_px` in px of the full image.
+    panel
+        The genes in the columns of `other`; None where it holds something else.
 
     Raises
     ------
     DataError
-        When training and validation are not apart; the loss is no number any more; memory runs
-        out; or what lies in the cache is damaged.
+        When the three do not have the same rows, or a value of `other` is NaN or infinite.
     """
-    rank, _ = ranks()
-    device = choose_device(device)
-    settings = replace(settings, precision=choose_precision(settings.precision, device))
-    _check(model, train, validation, settings)
-    key = share(_key(model, train, validation, settings)) if cache else None
-    folder = cache_dir() / "models" / key if cache else None
-    if folder is not None and share((folder / "model.safetensors").exists()):
-        return _read(folder, model, device, on_epoch)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):  # the caller's random numbers stay as they were
-        try:
-            run = Run(model, train, validation, settings, device)
-            if folder is not None and share((folder / "checkpoint.pt").exists()):
-                run.load(folder / "checkpoint.pt", key)
-            run.go(folder, key, on_epoch if rank == 0 else None)
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            micro, batch = settings.micro_batch, settings.batch_size
+
+    tiles: np.ndarray
+    other: np.ndarray
+    spots: pd.DataFrame
+    panel: genes.Panel | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tiles) == len(self.other) == len(self.spots):
             raise DataError(
-                f"the memory of {device} does not hold a training step (micro_batch={micro}, "
-                f"batch_size={batch})",
-                fix=f"set micro_batch={max(1, min(micro or batch, batch) // 4)}, which takes "
-                "the same steps with less memory; should that not help, lower batch_size, which "
-                "gives another result",
-            ) from error
-    epoch = run.keep()
-    fitted = Fitted(run.model, run.history(), epoch, folder)
-    if folder is not None and rank == 0:
-        _write(folder, key, fitted, settings, (train, validation))
-    return fitted
+                f"{len(self.tiles)} tiles, {len(self.other)} rows of the second view and "
+                f"{len(self.spots)} spots do not make pairs",
+                fix="build them with helpers.contrast.pair, which joins by spot id",
+            )
+        if self.tiles.dtype != np.uint8 or self.other.dtype not in (np.float32, np.int64):
+            what = f"tiles are {self.tiles.dtype} and the second view {self.other.dtype}"
+            raise DataError(what, fix="give uint8 tiles, float32 expression or int64 tokens")
+        if lacking := sorted({"slide", "donor", "group"} - set(self.spots)):
+            raise DataError(f"the table of spots lacks {lacking}", fix="say who the spots are")
+        if self.panel is not None and self.other.shape[1] != len(self.panel.genes):
+            what = f"{self.other.shape[1]} columns for {len(self.panel.genes)} genes"
+            raise DataError(what, fix="give the columns of the panel, in its order")
+        bad = ~np.isfinite(self.other).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            column = int((~np.isfinite(self.other[row])).argmax())
+            name = f"gene {self.panel.genes[column]}" if self.panel else f"column {column}"
+            raise DataError(
+                f"{bad.sum()} spots have NaN or infinite values, the first is spot "
+                f"{self.spots.index[row]}, {name}",
+                slide=str(self.spots["slide"].iloc[row]),
+                fix="leave these spots out, or find out where the values come from",
+            )
+
+    def __len__(self) -> int:
+        return len(self.spots)
+
+    def of(self, which: Sequence | np.ndarray | pd.Series) -> Pairs:
+        """Return some of the pairs.
+
+        Parameters
+        ----------
+        which
+            Names of slides, a boolean per row, or row numbers.
+
+        Returns
+        -------
+        Pairs. One run of neighbouring rows, such as one slide, is not copied.
+        """
+        wanted = np.asarray(which)
+        if wanted.dtype.kind in "OUS":
+            slides = self.spots["slide"].astype(str)
+            if unknown := sorted(set(map(str, wanted)) - set(slides)):
+                raise DataError(
+                    f"no pair comes from {unknown}", fix=f"one of {sorted(set(slides))}"
+                )
+            wanted = slides.isin(list(map(str, wanted))).to_numpy()
+        rows = np.flatnonzero(wanted) if wanted.dtype == bool else wanted.astype(int)
+        if not len(rows):
+            raise DataError("none of the pairs is left", fix="check what was asked for")
+        if (np.diff(rows) == 1).all():
+            rows = slice(rows[0], rows[-1] + 1)
+        return Pairs(self.tiles[rows], self.other[rows], self.spots.iloc[rows], self.panel)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)  # as torch says on a CPU
-
-
-def _check(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Settings) -> None:
-    """Refuse what cannot be trained, or only with a leak."""
-    if len(train) < 2:
-        raise DataError(f"{len(train)} pair to train on has no negatives", fix="give more pairs")
-    if model.dim != settings.dim:
-        what = f"the model has dim {model.dim}, the settings have {settings.dim}"
-        raise DataError(what, fix="build TwoTowers with the settings it is trained with")
-    named = getattr(model.other, "genes", None)
-    if named is not None and train.panel is not None and tuple(named) != train.panel.genes:
-        what = f"the gene tower and panel {train.panel.name!r} name other genes"
-        raise DataError(what, fix="build GeneTower with panel.genes")
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.image.modules())
-    if normed and (settings.micro_batch or ranks()[1] > 1):
-        what = "this image tower has batch norm, which would see parts of a batch instead of all"
-        fix = "set micro_batch=None in a single process, or take a tower with layer norm"
-        raise DataError(what, fix=fix)
-    if validation is not None:
-        check_apart(train, validation)
-        if len(validation) <= KS[-1]:
-            what = f"among {len(validation)} pairs of validation, recall@{KS[-1]} says nothing"
-            raise DataError(what, fix="validate on more pairs, or on none")
-    elif settings.patience is not None:
-        raise DataError("patience without validation", fix="give validation, or patience=None")
-
-
-def _key(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Settings) -> str:
-    """Return what stands for settings, initial weights and data."""
-    state = {**dict(model.named_buffers()), **model.state_dict()}
-    return digest(
-        version=_VERSION,
-        settings=asdict(settings),
-        architecture=f"{model!r} {getattr(model.image, 'card', None)}",
-        trainable=[name for name, p in model.named_parameters() if p.requires_grad],
-        weights=hashed(x for item in state.items() for x in item),
-        data=[
-            hashed([p.tiles, p.other, *p.spots.index, *p.spots["slide"], *_names(p)])
-            for p in (train, validation)
-            if p is not None
-        ],
-    )
-
-
-def _names(pairs: Pairs) -> tuple[str, ...]:
-    return () if pairs.panel is None else pairs.panel.genes
-
-
-def _write(
-    folder: Path, key: str, fitted: Fitted, settings: Settings, data: tuple[Pairs, Pairs | None]
-) -> None:
-    """Keep a result: the weights come last, and with them it counts as finished."""
-    facts = {"key": key, "best_epoch": fitted.best_epoch, "settings": asdict(settings)}
-    slides = {str(s) for pairs in data if pairs is not None for s in pairs.spots["slide"]}
-    facts["slides"] = sorted(slides)  # tools/workshop.py asks which study a model is of
-    with atomic(folder / "history.csv") as temporary:
-        fitted.history.to_csv(temporary, index=False)
-    with atomic(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
-    weights = {name: value.contiguous() for name, value in fitted.model.state_dict().items()}
-    with atomic(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary, {"key": key})
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def _read(
-    folder: Path,
-    model: TwoTowers,
-    device: torch.device,
-    on_epoch: Callable[[pd.DataFrame], None] | None,
-) -> Fitted:
-    """Read a finished training back."""
-    path = folder / "model.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            key, weights = file.metadata()["key"], {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        facts = json.loads((folder / "settings.json").read_text())
-        history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
-        history["direction"] = history["direction"].fillna("")
-        best = int(facts["best_epoch"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        fix = f"delete the folder {folder} to train again"
-        raise DataError(f"the model kept here is damaged ({error})", file=path, fix=fix) from error
-    if {key, facts["key"]} != {folder.name}:
-        fix = f"delete the folder {folder} to train again"
-        raise DataError("the model kept here is of another training", file=path, fix=fix)
-    model = copy.deepcopy(model)
-    model.load_state_dict(weights)
-    logger.info("the trained model is read from %s", folder)
-    if on_epoch is not None and ranks()[0] == 0:
-        on_epoch(history)
-    return Fitted(model.to(device).eval(), history, best, folder)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A model trained without one donor, and what it was trained and is tested on.
-
-    Attributes
-    ----------
-    donor
-        Who was held out.
-    panel
-        Genes, chosen on the training slides; None where the second view holds none.
-    train, validation, test
-        Pairs of the other donors, of those kept to validate on (or None), and of the donor.
-    before, fitted
-        The model before training, and after.
-    """
-
-    donor: str
-    panel: genes.Panel | None
-    train: Pairs
-    validation: Pairs | None
-    test: Pairs
-    before: TwoTowers
-    fitted: Fitted
-
-
-def leave_out(
+def pair(
     adatas: Mapping[str, AnnData],
-    donor: str,
+    tiles: Tiles,
+    panel: genes.Panel | None,
     *,
-    validation: str | None = None,
-    tower: str | nn.Module = "mini",
-    choose: Callable[..., genes.Panel] | genes.Panel = genes.shared_hvg,
-    n_genes: int = 256,
-    standardise: bool = True,
-    settings: Settings = BOOK,
-    side_um: float = 100.0,
-    size: int = 96,
-    edge: str = "pad",
-    device: str | torch.device | None = None,
-    cache: bool = True,
-    on_epoch: Callable[[pd.DataFrame], None] | None = None,
-) -> Fold:
-    """Train on all donors but one.
-
-    Nothing of the donor reaches training but the *names* of the genes that its slides measured:
-    panel, scaler and weights come from the others.
+    standardise: bool = False,
+) -> Pairs:
+    """Join tiles and the expression of a panel, by slide and spot id.
 
     Parameters
     ----------
     adatas
         Slides from `helpers.genes.normalise`.
-    donor
-        Whom to hold out.
-    validation
-        Another donor, whom to validate on; None: nobody, the last epoch is kept.
-    tower
-        A name for `helpers.towers.load`, or a tower.
-    choose, n_genes
-        How to choose the panel, from slides and a number of genes; or a panel, which is refused
-        if it was chosen with a slide held out.
+    tiles
+        Their tiles. A spot without a tile (cut with ``edge="drop"``), a tile without a spot
+        and tiles of other slides are left out.
+    panel
+        The genes. None: no second view yet, `other` has no column.
     standardise
-        As for `pair`.
-    settings, device, cache, on_epoch
-        As for `fit`.
-    side_um, size, edge
-        As for `helpers.tiles.cut_study`.
+        Bring every gene to mean 0 and variance 1 within each slide. It takes away the level by
+        which slides differ (chemistry, depth), and needs the whole slide, but none of its labels.
+
+    Returns
+    -------
+    Pairs, slides in the order given, spots of a slide in the order of the tiles.
 
     Raises
     ------
     DataError
-        When no slide is of the donor, or something of the donor would leak.
+        Naming the slide: when it is not normalised, lacks a gene of the panel or holds NaN; has no
+        spot with a tile; or does not say which slide, donor and group its spots belong to.
     """
-    from helpers import tiles
+    rows, views, facts = [], [], []
+    for adata in adatas.values():
+        slide = _only(adata, "slide", None)
+        if "counts" not in adata.layers and "log1p" not in adata.uns:
+            fix = "pass it through helpers.genes.normalise"
+            raise DataError("its counts are not normalised", slide=slide, fix=fix)
+        index = tiles.index[tiles.index["slide"] == slide]
+        index = index[index.index.isin(adata.obs_names)]
+        if index.empty:
+            fix = "cut the tiles of this slide, and compare its spot ids with theirs"
+            raise DataError("no spot has a tile", slide=slide, fix=fix)
+        if len(index) < adata.n_obs:
+            n = adata.n_obs - len(index)
+            logger.info("slide %s: %d of %d spots have no tile", slide, n, adata.n_obs)
+        table = pd.DataFrame(index=index.index)
+        for key in ("slide", "donor", "group"):
+            table[key] = _only(adata, key, slide)
+        labels = adata.obs["label"] if "label" in adata.obs else pd.Series(index=adata.obs_names)
+        table["label"] = labels.astype(object).reindex(index.index)
+        table[["x_px", "y_px"]] = index[["x_px", "y_px"]]
+        rows.append(index["row"].to_numpy())
+        if panel is None:
+            view = np.empty((len(index), 0), np.float32)
+        else:
+            view = genes.select(adata, panel).loc[index.index].to_numpy(np.float32)
+        views.append(_standardised(view) if standardise else view)
+        facts.append(table)
+    at = np.concatenate(rows)
+    if (np.diff(at) == 1).all():  # as the cache has them: stay memory-mapped
+        at = slice(at[0], at[-1] + 1)
+    return Pairs(tiles.array[at], np.concatenate(views), pd.concat(facts)[FACTS], panel)
 
-    donors = {slide: str(adata.obs["donor"].iloc[0]) for slide, adata in adatas.items()}
-    for name in (donor, validation):
-        if name is not None and name not in donors.values():
-            fix = f"one of {sorted(set(donors.values()))}"
-            raise DataError(f"no slide is of donor {name!r}", fix=fix)
-    if donor == validation:
-        what = f"donor {donor!r} cannot be held out and choose the best epoch"
-        raise DataError(what, fix="validate on another donor, or on none")
-    training = {s: a for s, a in adatas.items() if donors[s] not in (donor, validation)}
-    if not training:
-        raise DataError(f"all slides are of donor {donor!r}", fix="give slides of other donors")
-    if isinstance(choose, genes.Panel):
-        panel = choose
-    else:
-        shared = genes.shared_genes(adatas)
-        panel = choose({s: a[:, shared] for s, a in training.items()}, n_genes)
-    cut = tiles.cut_study(adatas, side_um=side_um, size=size, edge=edge, cache=cache)
-    pairs = pair(adatas, cut, panel, standardise=standardise)
 
-    def of(some: Callable[[str], bool]) -> Pairs:
-        return pairs.of([slide for slide, name in donors.items() if some(name)])
+def _standardised(view: np.ndarray) -> np.ndarray:
+    """Columns at mean 0 and variance 1; a constant one at 0."""
+    spread = view.std(axis=0)
+    return (view - view.mean(axis=0)) / np.where(spread > 1e-6, spread, 1)
 
-    train, test = of(lambda name: name not in (donor, validation)), of(lambda name: name == donor)
-    check_apart(train, test, f"the held-out donor {donor}")
-    watched = None if validation is None else of(lambda name: name == validation)
-    if watched is not None:
-        check_apart(watched, test, f"the held-out donor {donor}")
-    image = towers.load(tower, seed=settings.seed) if isinstance(tower, str) else tower
-    other = towers.GeneTower(panel.genes, settings.encoder, width=settings.dim, seed=settings.seed)
-    before = TwoTowers(image, other, settings)
-    fitted = fit(before, train, watched, settings, device=device, cache=cache, on_epoch=on_epoch)
-    return Fold(donor, panel, train, watched, test, before, fitted)
+
+def _only(adata: AnnData, key: str, slide: str | None) -> str:
+    """Return what all spots of a slide have in common."""
+    values = adata.obs[key].unique() if key in adata.obs else []
+    if len(values) != 1 or pd.isna(values[0]):
+        raise DataError(
+            f'obs["{key}"] must name one {key} for all spots, not {list(values)[:5]}',
+            slide=slide,
+            fix="load slides with helpers.slides, one AnnData each",
+        )
+    return str(values[0])
+
+
+def check_apart(train: Pairs, held_out: Pairs, role: str = "validation") -> None:
+    """Refuse a slide, a group of adjacent sections or a panel that training shares with others.
+
+    Parameters
+    ----------
+    train, held_out
+        What is trained on and what is kept apart from it.
+    role
+        What it is kept apart for, for the message.
+
+    Raises
+    ------
+    DataError
+        Naming the slides, the group or the panel.
+    """
+    for key in ("slide", "group"):
+        both = set(train.spots[key].astype(str)) & set(held_out.spots[key].astype(str))
+        if both:
+            slides = [
+                sorted(set(part.spots.loc[part.spots[key].astype(str).isin(both), "slide"]))
+                for part in (train, held_out)
+            ]
+            raise DataError(
+                f"training and {role} share the {key} {', '.join(sorted(both))}: slides {slides[0]}"
+                f" are in training, {slides[1]} in {role}",
+                fix="split by donor, or keep adjacent sections together",
+            )
+    if (train.panel is None) != (held_out.panel is None) or (
+        train.panel is not None and train.panel.genes != held_out.panel.genes
+    ):
+        raise DataError(f"training and {role} have other genes", fix="use one panel for both")
+    if train.panel is not None:
+        genes.check_held_out(train.panel, held_out.spots["slide"].astype(str).unique())
+
+
+# --------------------------------------------------------------------------- augmentation
+
+
+def augment(
+    pixels: Tensor, generator: torch.Generator, strength: float = 1.0, crop: float = 0.0
+) -> Tensor:
+    """Show tiles as another scanner, stain and side up might have shown them.
+
+    Every tile for itself: turned and mirrored (the 8 ways to lay a square, exactly, without
+    resampling), its stains changed, and on wish a part of it enlarged.
+
+    Stains are changed in optical density, where they add up (Beer-Lambert): separated into
+    hematoxylin, eosin and a rest with the vectors of Ruifrok and Johnston 2001 (scikit-image's),
+    each amount scaled by up to 20 %, each stain's colour moved by up to 5 %, the illumination by
+    up to 0.05, as in Tellez et al. 2018 (doi:10.1109/TMI.2018.2820199). Empty glass stays white
+    but for the illumination.
+
+    Parameters
+    ----------
+    pixels
+        float ``(n, 3, h, h)`` in [0, 1], on any device.
+    generator
+        Source of random numbers, on the CPU, so that every device draws alike.
+    strength
+        Factor for the changes of stain; 0 leaves the tiles as they are.
+    crop
+        Largest share of the side that is cut off before the rest is enlarged (bilinear), 0 to 1.
+
+    Returns
+    -------
+    Tensor of the same shape, in [0, 1].
+    """
+    return augmented(pixels, torch.rand(len(pixels), NUMBERS, generator=generator), strength, crop)
+
+
+def augmented(pixels: Tensor, numbers: Tensor, strength: float = 1.0, crop: float = 0.0) -> Tensor:
+    """`augment` by given numbers, ``(n, NUMBERS)`` in [0, 1): a part of a batch is as the whole."""
+    if strength == 0 and crop == 0:
+        return pixels
+    numbers = numbers.to(pixels.device, pixels.dtype)
+    sides, stains, place = numbers[:, :3] < 0.5, 2 * numbers[:, 3:16] - 1, numbers[:, 16:]
+    if strength:
+        pixels = _restain(pixels, strength * stains)
+    if crop:
+        pixels = _enlarge(pixels, 1 - crop * place[:, 0], place[:, 1:])
+    for side, turned in zip(sides.T, (_transpose, _mirror, _upside_down), strict=True):
+        pixels = torch.where(side.view(-1, 1, 1, 1), turned(pixels), pixels)
+    return pixels
+
+
+def _transpose(pixels: Tensor) -> Tensor:
+    return pixels.transpose(2, 3)
+
+
+def _mirror(pixels: Tensor) -> Tensor:
+    return pixels.flip(3)
+
+
+def _upside_down(pixels: Tensor) -> Tensor:
+    return pixels.flip(2)
+
+
+def _restain(pixels: Tensor, change: Tensor) -> Tensor:
+    """Change the stains of each tile; `change` is ``(n, 13)`` around 0."""
+    split = torch.as_tensor(hed_from_rgb, dtype=pixels.dtype, device=pixels.device)
+    mix = torch.as_tensor(rgb_from_hed, dtype=pixels.dtype, device=pixels.device)
+    amount = torch.diag_embed(1 + 0.2 * change[:, :3])
+    colour = mix * (1 + 0.05 * change[:, 3:12].view(-1, 3, 3))
+    light = pixels.clamp_min(1 / 255).log_().flatten(2)  # (n, 3, h * h), minus the density
+    mixed = (split @ amount @ colour).transpose(1, 2).contiguous()  # as a view it is 25x slower
+    light = torch.baddbmm(-0.05 * change[:, 12].view(-1, 1, 1), mixed, light)
+    return light.exp_().clamp_(0, 1).view_as(pixels)
+
+
+def _enlarge(pixels: Tensor, side: Tensor, place: Tensor) -> Tensor:
+    """Enlarge a square of each tile; `side` its share of the tile, `place` 0 to 1 in x and y."""
+    shift = (1 - side[:, None]) * (2 * place - 1)
+    still = torch.zeros_like(side)
+    turn = torch.stack([side, still, shift[:, 0], still, side, shift[:, 1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(turn, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+# --------------------------------------------------------------------------- captions
+
+
+NUCLEI = ("few", "some", "many")
+BACKGROUND = ("pale", "pink", "deep pink")
+
+
+def stain_amounts(array: np.ndarray) -> np.ndarray:
+    """Mean amounts of hematoxylin and eosin of uint8 tiles ``(n, h, w, 3)``, float32 ``(n, 2)``.
+
+    By the vectors of Ruifrok and Johnston 2001 (scikit-image's), on a sample of the px.
+    """
+    density = -np.log10(np.maximum(array[:, ::2, ::2].astype(np.float32), 1) / 255).mean((1, 2))
+    return density @ hed_from_rgb[:, :2].astype(np.float32)
+
+
+def captions(array: np.ndarray, spots: pd.DataFrame) -> pd.Series:
+    """Write a caption for every tile.
+
+    Amounts of stain are put into thirds of their own slide, so that words mean the same on slides
+    that were stained differently. Words for nuclei are a guess from the hematoxylin.
+
+    Parameters
+    ----------
+    array
+        uint8 tiles ``(n, h, w, 3)``.
+    spots
+        Their spots, with `slide` and `label` (NaN: "tissue").
+
+    Returns
+    -------
+    Series of sentences such as "Layer 2 with many nuclei on pale ground", one per row of `spots`.
+
+    Raises
+    ------
+    DataError
+        When tiles and spots are not equally many.
+    """
+    if len(array) != len(spots):
+        raise DataError(f"{len(array)} tiles and {len(spots)} spots", fix="give the tile of each")
+    amounts = pd.DataFrame(stain_amounts(array), columns=["nuclei", "ground"])
+    by_slide = amounts.groupby(spots["slide"].astype(str).to_numpy())
+    below = (by_slide.rank() - 0.5) / by_slide.transform("size").to_numpy()[:, None]  # 0 to 1
+    third = (3 * below).to_numpy().astype(int)
+    place = spots["label"].astype(object).where(spots["label"].notna(), "tissue")
+    said = [
+        f"{where} with {NUCLEI[n]} nuclei on {BACKGROUND[g]} ground"
+        for where, (n, g) in zip(place, third, strict=True)
+    ]
+    return pd.Series(said, index=spots.index, name="caption")
+
+
+def with_captions(pairs: Pairs, context: int = 32) -> Pairs:
+    """Give pairs their captions as second view: open_clip's tokens, int64 ``(n, context)``."""
+    from open_clip import SimpleTokenizer
+
+    said = captions(pairs.tiles, pairs.spots)
+    tokens = SimpleTokenizer(context_length=context)(said.tolist()).numpy()
+    spots = pairs.spots.assign(caption=said)
+    return replace(pairs, other=tokens, spots=spots, panel=None)
+
+
+# --------------------------------------------------------------------------- the model
+
+
+_AT_ONCE = 128  # rows, where nothing is trained; more are slower on a CPU
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training, but for the data and the initial weights.
+
+    Attributes
+    ----------
+    epochs, batch_size
+        Passes over the pairs, and pairs per step; each pair has the others as negatives.
+    micro_batch
+        Tiles in memory at once (gradient caching); None: the whole batch. The loss and its gradient
+        stay the same; only dropout in the image tower is drawn part by part.
+    same_slide
+        Make every batch of one slide, so that knowing the slide does not help.
+    optimiser, lr, betas, eps, weight_decay
+        ``"adamw"``, which spares biases, norms and the temperature from decay; or ``"adam"``, with
+        the same decay for all as part of the gradient.
+    tower_lr
+        Factor for the learning rate of the image tower, below 1 to go gently about its weights.
+    warmup, schedule
+        Share of all steps in which the rate climbs from 0; then ``"constant"``, or ``"cosine"``
+        down to 0.
+    dim
+        Size of the shared space.
+    encoder
+        Kind of `helpers.towers.GeneTower`, where this module makes one.
+    temperature, learn_temperature, max_scale
+        Of the start; whether it is learned; and the largest 1 / temperature allowed, or None.
+    augment, crop
+        Strength of `helpers.contrast.augment`; 0: tiles as they are.
+    train_blocks
+        Blocks of the image tower that are trained, counted from its end; None: all of it.
+    precision
+        ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 on GPUs that compute in it.
+    keep, patience
+        ``"best"``: keep the epoch of the best mean recall@10 in validation, and stop when it has
+        not risen for `patience` epochs (None: do not stop). ``"last"``: the last, whatever
+        validation says.
+    seed
+        Of heads, order, augmentation and dropout.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    micro_batch: int | None = None
+    same_slide: bool = False
+    optimiser: str = "adamw"
+    lr: float = 1e-3
+    tower_lr: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    dim: int = 64
+    encoder: str = "mlp"
+    temperature: float = 0.07
+    learn_temperature: bool = True
+    max_scale: float | None = 100.0
+    augment: float = 1.5
+    crop: float = 0.0
+    train_blocks: int | None = None
+    precision: str = "auto"
+    keep: str = "best"
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "optimiser": ("adam", "adamw"),
+            "schedule": ("constant", "cosine"),
+            "precision": ("auto", "bf16", "fp32"),
+            "keep": ("best", "last"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise DataError(
+                    f"{name} {getattr(self, name)!r} is unknown", fix=f"one of {allowed}"
+                )
+        if self.batch_size < 2:
+            what = f"a batch of {self.batch_size} has no negatives: there is nothing to tell apart"
+            raise DataError(what, fix="set batch_size to 2 or more, better hundreds")
+        low = {"epochs": 1, "micro_batch": 1, "dim": 1, "patience": 1, "lr": 0, "temperature": 1e-6}
+        for name, least in low.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DataError(f"{name} is {value}", fix=f"set it to {least:g} or more")
+        if self.patience is not None and self.keep == "last":
+            what = "patience stops by validation, which keep='last' leaves out of account"
+            raise DataError(what, fix="set keep='best' or patience=None")
+
+
+BOOK = Settings()
+"""What this book trains with."""
+
+PAPER = Settings(
+    epochs=15,
+    batch_size=1024,
+    optimiser="adam",
+    lr=5e-5,
+    weight_decay=0.2,
+    warmup=0.0,
+    schedule="constant",
+    dim=32,
+    encoder="linear",
+    max_scale=None,
+    augment=0.0,
+    tower_lr=1.0,
+    precision="fp32",
+    keep="last",
+)
+"""What Chen et al. 2024 trained with; they set no seed."""
+
+
+class TwoTowers(nn.Module):
+    """An image tower and a second one, each followed by a linear map into a shared space.
+
+    Parameters
+    ----------
+    image
+        Takes pixels ``(n, 3, h, h)`` in [0, 1], gives ``(n, image.width)``.
+    other
+        Takes rows of `Pairs.other`, gives ``(n, other.width)``. Where its width is `dim` already,
+        it is its own map, as the paper's gene encoder is. An ``nn.Identity`` with a `width` takes
+        features as they are.
+    settings
+        `dim`, `temperature`, `learn_temperature` and `seed` are used.
+
+    Attributes
+    ----------
+    log_scale
+        Logarithm of 1 / temperature, learned. `fit` keeps it under the settings' `max_scale`.
+    """
+
+    def __init__(self, image: nn.Module, other: nn.Module, settings: Settings = BOOK) -> None:
+        super().__init__()
+        self.image, self.other, self.dim = image, other, settings.dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.image_head = nn.Linear(image.width, settings.dim)
+            own = other.width == settings.dim
+            self.other_head = nn.Identity() if own else nn.Linear(other.width, settings.dim)
+        start = torch.tensor(-math.log(settings.temperature))
+        self.log_scale = nn.Parameter(start, requires_grad=settings.learn_temperature)
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature."""
+        return self.log_scale.exp()
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Turn pixels ``(n, 3, h, h)`` in [0, 1] into unit vectors, float32 ``(n, dim)``."""
+        return self.project(self.image(pixels))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Turn features of the image tower into unit vectors, float32 ``(n, dim)``."""
+        return F.normalize(self.image_head(features).float(), dim=-1)
+
+    def embed_other(self, rows: Tensor) -> Tensor:
+        """Turn rows of the second view into unit vectors, float32 ``(n, dim)``."""
+        return F.normalize(self.other_head(self.other(rows)).float(), dim=-1)
+
+
+def info_nce(image: Tensor, other: Tensor, scale: Tensor | float) -> Tensor:
+    """Loss of telling, in a batch, which tile belongs to which row, both ways.
+
+    The symmetric cross-entropy of Radford et al. 2021 (CLIP), after InfoNCE of van den Oord et al.
+    2018. Knowing nothing costs ``log(n)``.
+
+    Parameters
+    ----------
+    image, other
+        Unit vectors ``(n, dim)``, row i of one belongs to row i of the other.
+    scale
+        1 / temperature.
+    """
+    logits = scale * image @ other.T
+    right = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def embed_pairs(
+    model: TwoTowers,
+    pairs: Pairs,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the unit vectors of both views, float32 ``(n, dim)`` each, row by row.
+
+    The model is moved to the device and used in eval mode; its own mode is left as it was.
+    """
+    device = choose_device(device)
+    precision = choose_precision(precision, device)
+    image, other = embed_views(model.to(device), pairs.tiles, pairs.other, precision)
+    return image.cpu().numpy(), other.cpu().numpy()
+
+
+def embed_views(
+    model: TwoTowers, images: np.ndarray, other: np.ndarray, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Embed tiles (or features of them) and rows of the second view, where the model is."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return (
+            in_parts(lambda some: encode(model, some), images, model, precision),
+            in_parts(model.embed_other, other, model, precision),
+        )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def in_parts(
+    function: Callable[[Tensor], Tensor], rows: np.ndarray, model: TwoTowers, precision: str
+) -> Tensor:
+    """Apply a function to rows on the model's device, some at a time; float32 is returned."""
+    device, parts = model.log_scale.device, []
+    for first in range(0, len(rows), _AT_ONCE):
+        some = torch.from_numpy(np.array(rows[first : first + _AT_ONCE])).to(device)
+        with autocast(device, precision):
+            parts.append(function(some).float())
+    return torch.cat(parts)
+
+
+def encode(model: TwoTowers, images: Tensor) -> Tensor:
+    """Embed uint8 tiles or, where the tower has been through already, its features."""
+    if images.dtype == torch.uint8:
+        return model.embed_images(towers.as_pixels(images, images.device))
+    return model.project(images)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Compute in bf16 within, where the precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for; when None, this process's GPU if there is one."""
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Turn "auto" into a precision: bf16 is faster only where the hardware computes in it."""
+    if precision != "auto":
+        return precision
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if able else "fp32"

@@ -1,18 +1,33 @@
 """Figures that the book draws more than once."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import display
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from PIL import Image
 
 from helpers import images, slides
+from helpers.files import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH = 7.0  # inches: the widest figure of the book, so that it reads on a page and a phone
 UNLABELLED = "#b0b0b0"
@@ -237,7 +252,7 @@ def curves(history: pd.DataFrame, title: str = "") -> Figure:
     Parameters
     ----------
     history
-        As from `helpers.contrast.fit`.
+        As from `helpers.training.fit`.
     title
         Over the figure.
 
@@ -269,7 +284,7 @@ def curves(history: pd.DataFrame, title: str = "") -> Figure:
 
 
 class Live:
-    """`curves`, drawn anew after every epoch: give it to `helpers.contrast.fit` as `on_epoch`.
+    """`curves`, drawn anew after every epoch: give it to `helpers.training.fit` as `on_epoch`.
 
     In a notebook the new figure takes the place of the old one, so that one is left in the end.
     """
@@ -285,3 +300,253 @@ class Live:
         else:
             self.handle.update(figure)
         plt.close(figure)  # or it would be shown once more at the end of the cell
+
+
+# --------------------------------------------------------------------------- maps that show tiles
+
+
+PAGE = Path(__file__).with_name("hover_map.html")
+LIMIT = 1_500_000
+"""Bytes of one figure: some hundred thousand are read at once, ten million make a page slow."""
+_TRIALS = ((48, 80), (48, 65), (32, 75), (32, 60), (16, 70))
+"""Side in px and JPEG quality, the best first; JPEG's blocks of 16 px hold parts of one tile."""
+_SCALE = 9999  # places travel as whole numbers up to this
+
+
+def hover_map(
+    xy: np.ndarray,
+    tiles: np.ndarray,
+    text: Sequence[str],
+    colours: Sequence,
+    *,
+    title: str,
+    legend: Mapping[str, object] | None = None,
+    limit: int = LIMIT,
+) -> HTML:
+    """Return a map for a page: hover over a point, tap it or step to it, and its tile is shown.
+
+    Parameters
+    ----------
+    xy
+        Places of the points, ``(n, 2)``; drawn with equal axes.
+    tiles
+        uint8 ``(n, size, size, 3)``; shrunk to 48 px, or further where the limit asks for it.
+    text
+        What is said about each point; shown as it is, never read as HTML.
+    colours
+        Of each point, as matplotlib knows them.
+    title
+        Over the map, and what a screen reader says.
+    legend
+        Colours by name.
+    limit
+        Bytes that the whole may have.
+
+    Raises
+    ------
+    DataError
+        When the numbers of places, tiles, texts and colours differ; a place is NaN; a colour is
+        none; or the tiles do not fit into `limit`.
+    """
+    xy, tiles = _checked(xy, tiles)
+    _same_number(len(xy), texts=text, colours=colours)
+    low, high = xy.min(axis=0), xy.max(axis=0)
+    unit = float(max(high - low)) or 1.0
+    data = {
+        "xy": np.rint((xy - low) / unit * _SCALE).astype(int).tolist(),
+        "box": np.rint((high - low) / unit * _SCALE).astype(int).tolist(),
+        "text": [str(t) for t in text],
+        "colour": [_hex(c) for c in colours],
+        "across": _across(len(xy)),
+    }
+    keys = "".join(
+        f'<span><i style="background:{_hex(c)}"></i>{html.escape(str(name))}</span>'
+        for name, c in (legend or {}).items()
+    )
+    parts = {"TITLE": html.escape(title), "KEYS": keys, "DATA": _json(data), "SPRITES": ""}
+    room = limit - len(_framed(parts))
+    for size, quality in _TRIALS:
+        parts["SPRITES"] = _sprites(tiles, size, quality)
+        if len(parts["SPRITES"]) <= room:
+            return HTML(_framed(parts))
+    what = f"{len(xy)} points and their tiles take more than the {limit:,} bytes of one figure"
+    raise DataError(what, fix="show fewer points, chosen at random for example")
+
+
+def tile_map(
+    xy: np.ndarray,
+    tiles: np.ndarray,
+    colours: Sequence | None = None,
+    *,
+    side_um: float | None = None,
+    across: int = 16,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw tiles along a map: in every square of a grid, the tile of the point nearest its middle.
+
+    Parameters
+    ----------
+    xy, tiles, colours
+        As for `hover_map`; with `colours`, every tile has a frame in the colour of its point.
+    side_um
+        Side of a tile in um, for a scale bar as long as a tile is wide.
+    across
+        Squares along the longer side of the map.
+    ax
+        Where to draw; new axes when not given.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    xy, tiles = _checked(xy, tiles)
+    if colours is not None:
+        _same_number(len(xy), colours=colours)
+    ax = ax or plt.subplots(figsize=(7, 6))[1]
+    side = float(max(np.ptp(xy, axis=0))) / across or 1.0
+    square = np.floor((xy - xy.min(axis=0)) / side).astype(int).clip(max=across - 1)
+    middle = xy.min(axis=0) + (square + 0.5) * side
+    order = np.argsort(np.linalg.norm(xy - middle, axis=1), kind="stable")
+    _, first = np.unique(square[order], axis=0, return_index=True)
+    for i in order[first]:
+        (x, y), r = middle[i], 0.42 * side
+        ax.imshow(tiles[i], extent=(x - r, x + r, y - r, y + r))
+        if colours is not None:
+            edge = {"fill": False, "edgecolor": colours[i], "linewidth": 2}
+            ax.add_patch(Rectangle((x - r, y - r), 2 * r, 2 * r, **edge))
+    (left, bottom), (right, top) = middle.min(axis=0) - 0.6 * side, middle.max(axis=0) + 0.6 * side
+    ax.set(xticks=[], yticks=[], aspect="equal", xlim=(left, right), ylim=(bottom, top))
+    for edge in ax.spines.values():
+        edge.set_visible(False)
+    if side_um:
+        whole = int(side_um) if float(side_um).is_integer() else side_um
+        scale_bar(ax, side_um / (0.84 * side), length_um=whole)
+    return ax
+
+
+# --------------------------------------------------------------------------- what goes into a page
+
+
+def _checked(xy: np.ndarray, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    xy, tiles = np.asarray(xy), np.asarray(tiles)
+    if xy.ndim != 2 or xy.shape[1] != 2 or not len(xy) or xy.dtype.kind not in "fiu":
+        raise DataError(f"places are {xy.dtype} {xy.shape}", fix="give numbers (n, 2), n above 0")
+    if not np.isfinite(xy).all():
+        bad = int((~np.isfinite(xy).all(axis=1)).argmax())
+        raise DataError(f"point {bad} has no place", fix="leave out points that are NaN")
+    square = tiles.ndim == 4 and tiles.shape[1] == tiles.shape[2] and tiles.shape[3] == 3
+    if not square or tiles.dtype != np.uint8:
+        what = f"tiles are {tiles.dtype} {tiles.shape}"
+        raise DataError(what, fix="give uint8 (n, size, size, 3), as helpers.tiles cuts them")
+    _same_number(len(xy), tiles=tiles)
+    return xy.astype(float), tiles
+
+
+def _same_number(n: int, **given: Sequence) -> None:
+    for name, values in given.items():
+        if isinstance(values, str) or len(values) != n:
+            many = "one for all" if isinstance(values, str) else len(values)
+            raise DataError(f"{many} {name} for {n} points", fix=f"give {n}, row by row")
+
+
+def _hex(colour: object) -> str:
+    """Return a colour as #rrggbb, which can be nothing but a colour."""
+    from matplotlib.colors import to_hex
+
+    try:
+        return to_hex(colour)
+    except ValueError as error:
+        raise DataError(f"{colour!r} is no colour", fix="as matplotlib knows them") from error
+
+
+def _across(n: int) -> int:
+    """Return how many tiles lie side by side in the sheet."""
+    return math.ceil(math.sqrt(n))
+
+
+def _sprites(tiles: np.ndarray, size: int, quality: int) -> str:
+    """Return all tiles in one JPEG, row by row, as an address that holds the picture itself."""
+    across = _across(len(tiles))
+    sheet = Image.new("RGB", (across * size, math.ceil(len(tiles) / across) * size), "white")
+    for i, tile in enumerate(tiles):
+        small = Image.fromarray(tile).resize((size, size), Image.Resampling.LANCZOS)
+        sheet.paste(small, (i % across * size, i // across * size))
+    file = io.BytesIO()
+    sheet.save(file, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _json(data: object) -> str:
+    """Return JSON that cannot end the script it stands in."""
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _framed(parts: Mapping[str, str]) -> str:
+    """Return the whole as a frame that can run its own script and reach nothing of the page."""
+    inner = html.escape(
+        re.sub(r"@([A-Z]+)@", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))
+    )
+    return (
+        f'<div><iframe sandbox="allow-scripts" title="{parts["TITLE"]}" srcdoc="{inner}" '
+        'style="width:100%;height:500px;border:0;display:block;background:#fff"></iframe></div>'
+    )
+
+
+# --------------------------------------------------------------------------- measured before
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "results"
+"""In a clone of the repository; not there where the package alone is installed, as in Colab."""
+
+
+def measured(
+    name: str, *, folder: Path | None = None, **wanted: object
+) -> tuple[pd.DataFrame, str]:
+    """Return rows of a file of ``results/``, and a line that says where they come from.
+
+    Parameters
+    ----------
+    name
+        The file, such as ``"ladder.json"``: a report with `measured`, `commit`, `machine` and a
+        list of `rows`.
+    folder
+        Where to look; `FOLDER` when None.
+    wanted
+        Columns and the value that a row must have to be returned.
+
+    Returns
+    -------
+    DataFrame
+        Without a row where the file is not here, or nothing that was asked for was measured.
+    str
+        To be shown beside it: these figures are of another run.
+
+    Raises
+    ------
+    DataError
+        When the file is damaged.
+    """
+    path = (folder or FOLDER) / name
+    if not path.exists():
+        return pd.DataFrame(), f"results/{name} is not here: only this run is shown"
+    try:
+        report = json.loads(path.read_text())
+        machine, rows = report["machine"], pd.DataFrame(report["rows"])
+        device, whole = machine.get("gpu") or machine["processor"], _short(report["commit"])
+        when = report["measured"]
+    except (ValueError, KeyError, TypeError) as error:
+        fix = "fetch it again from the repository"
+        raise DataError(f"the report is damaged ({error!r})", file=path, fix=fix) from error
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value] if column in rows else rows.iloc[:0]
+    if rows.empty:
+        return rows, f"results/{name}: not measured for {wanted}"
+    data = sorted(set(rows["data"].dropna().astype(str))) if "data" in rows else []
+    commits = sorted(set(rows["commit"].dropna().map(_short))) if "commit" in rows else []
+    source = ", ".join([*data, device, f"commit {' and '.join(commits) or whole}", when])
+    line = f"NOT this run, results/{name}: {len(rows)} rows, {source}"
+    return rows.reset_index(drop=True), line
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + (" with changes" if commit.endswith("-changed") else "")

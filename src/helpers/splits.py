@@ -19,10 +19,11 @@ from scipy.spatial import cKDTree
 from sklearn.model_selection import KFold
 
 from helpers.files import DataError
-from helpers.places import describe, parts, units
+from helpers.slides import WHO, spot_table
 
 if TYPE_CHECKING:
-    from helpers.places import Scales, Spots
+    from helpers.slides import Scales, Spots
+
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Splits:
     name
         The kind of split.
     spots
-        What was split: the table that `describe` returns.
+        What was split: the table that `spot_table` returns.
     folds
         All divisions.
     within
@@ -95,13 +96,13 @@ def random_spots(spots: Spots, n: int = 5, seed: int = 0) -> Splits:
     Parameters
     ----------
     spots
-        What `describe` takes.
+        What `spot_table` takes.
     n
         Folds; each spot is tested once.
     seed
         Of the order.
     """
-    table = describe(spots)
+    table = spot_table(spots)
     if not 2 <= n <= len(table):
         raise DataError(f"{len(table)} spots do not make {n} folds", fix="2 or more, one spot each")
     folds = KFold(n, shuffle=True, random_state=seed).split(table)
@@ -127,7 +128,7 @@ def spatial_blocks(
     Parameters
     ----------
     spots, um_per_px
-        What `describe` takes; the scale must be known.
+        What `spot_table` takes; the scale must be known.
     n
         Pieces per slide, compact and with equally many spots; each spot is tested once.
     buffer_um
@@ -140,7 +141,7 @@ def spatial_blocks(
     seed
         Of these numbers.
     """
-    table = describe(spots, um_per_px)
+    table = spot_table(spots, um_per_px)
     if "x_um" not in table:
         what = "a buffer in um needs the scale of the slides"
         raise DataError(what, fix="give um_per_px, to left_out too where it leaves one section")
@@ -178,7 +179,7 @@ def left_out(
     Parameters
     ----------
     spots, um_per_px
-        What `describe` takes. The scale is needed where a training part is of one section, and so
+        What `spot_table` takes. The scale is needed where a training part is of one section, and so
         must be cut into blocks to choose a setting.
     by
         ``"group"``, ``"donor"``, ``"study"`` or ``"slide"``. Where a donor has one group, the first
@@ -186,7 +187,7 @@ def left_out(
     at_most
         Deal them into so many folds; None: one fold each.
     """
-    table = describe(spots, um_per_px)
+    table = spot_table(spots, um_per_px)
     unit = units(table, by)
     names = list(unit.value_counts(sort=False).sort_index(kind="stable").index)
     if len(names) < 2:
@@ -228,7 +229,7 @@ def ladder(
     Parameters
     ----------
     spots, um_per_px
-        What `describe` takes; the scale must be known.
+        What `spot_table` takes; the scale must be known.
     n
         Folds of random spots.
     n_blocks, buffer_um, together
@@ -236,7 +237,7 @@ def ladder(
     seed
         Of `random_spots` and `spatial_blocks`.
     """
-    table = describe(spots, um_per_px)
+    table = spot_table(spots, um_per_px)
     rungs = [
         random_spots(table, n, seed),
         spatial_blocks(table, n_blocks, buffer_um=buffer_um, together=together, seed=seed),
@@ -284,3 +285,55 @@ def _near(slide: np.ndarray, xy: np.ndarray, test: np.ndarray, buffer_um: float)
         distance, _ = cKDTree(xy[asked]).query(xy[rows])
         found.append(rows[distance <= buffer_um])
     return np.concatenate(found)
+
+
+# --------------------------------------------------------------------------- pieces of tissue
+
+
+def units(table: pd.DataFrame, by: str) -> pd.Series:
+    """Return whose each spot is; a donor "A" of two studies is two donors."""
+    if by not in table:
+        known = [c for c in (*WHO, "study") if c in table]
+        raise DataError(f"the table of spots has no column {by!r}", fix=f"one of {known}")
+    several = by in ("donor", "group") and "study" in table and table["study"].nunique() > 1
+    return table["study"] + " " + table[by] if several else table[by]
+
+
+def parts(xy: np.ndarray, n: int) -> np.ndarray:
+    """Give points the number of a compact part: halved across the longer side, and again.
+
+    Parameters
+    ----------
+    xy
+        Places in any unit, shape ``(points, 2)``.
+    n
+        How many parts.
+
+    Returns
+    -------
+    int, shape ``(points,)``, from 0 to n - 1, equally many points of each.
+    """
+    number = np.zeros(len(xy), int)
+
+    def cut(rows: np.ndarray, n: int, first: int) -> None:
+        if n == 1 or not len(rows):
+            number[rows] = first
+            return
+        longer = np.ptp(xy[rows], axis=0).argmax()
+        rows = rows[np.argsort(xy[rows, longer], kind="stable")]
+        at = round(len(rows) * (n // 2) / n)
+        cut(rows[:at], n // 2, first)
+        cut(rows[at:], n - n // 2, first + n // 2)
+
+    cut(np.arange(len(xy)), n, 0)
+    return number
+
+
+def blocks(spots: Spots, n: int = 8) -> pd.Series:
+    """Name the piece of tissue each spot lies in: `n` compact parts of equal size per slide."""
+    table = spot_table(spots)
+    name = pd.Series(index=table.index, dtype=object)
+    for slide, rows in table.groupby("slide").indices.items():
+        at = parts(table[["x_px", "y_px"]].to_numpy()[rows], n)
+        name.iloc[rows] = [f"{slide}, block {i + 1}" for i in at]
+    return name

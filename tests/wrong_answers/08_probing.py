@@ -25,7 +25,10 @@ WRONG = {
         (2 * share / (1 + share) / len(share), "one number"),
     ],
     2: [
-        (ev.spatial_blocks(spots, N_BLOCKS, buffer_um=0, together=True, seed=SEED), "ev.predict"),
+        (
+            splits.spatial_blocks(spots, N_BLOCKS, buffer_um=0, together=True, seed=SEED),
+            "probing.predict",
+        ),
         (said["neighbours"]["spatial blocks"], "with the strip"),
         (said["neighbours"]["random spots"], "blocks with N_BLOCKS"),
         (said["majority"]["spatial blocks"], "let the neighbours vote"),

@@ -1,7 +1,7 @@
 far = spatial.distance.pdist(space)
 flat = spatial.distance.pdist(maps["after", "held-out donor"])
 labels = truth.to_numpy()
-near = spaces.neighbours_of(space[known], K)
+near = metrics.nearest_neighbours(space[known], K)
 strange = (labels[near] != labels[:, None]).mean(axis=1)
 share, count = strange.max(), int((strange == strange.max()).sum())
 
