@@ -163,7 +163,7 @@ def test_missing_file(tiny, kind, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = getattr(tiny, kind)
     path.unlink()
-    with pytest.raises(DataError, match=f"{path.name} is not here .*Fix: ") as caught:
+    with pytest.raises(DataError, match=f"{path.name} of .* is not in .*Fix: ") as caught:
         load(tiny)
     assert tiny.slide in str(caught.value)
 

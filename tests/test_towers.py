@@ -243,7 +243,7 @@ def test_gated_weights_say_how_to_ask(empty_hub, monkeypatch) -> None:
 
     monkeypatch.setattr(files, "reachable", lambda url: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(DataError, match=r"'uni' are gated.*MahmoodLab/UNI.*HF_TOKEN"):
+    with pytest.raises(DataError, match=r"is gated .*'uni'.*MahmoodLab/UNI.*HF_TOKEN"):
         towers.load("uni")
 
 

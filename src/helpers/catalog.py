@@ -14,6 +14,7 @@ from typing import Literal
 import pandas as pd
 
 from helpers.files import (
+    FIX,
     DataError,
     atomic,
     cache_dir,
@@ -240,7 +241,10 @@ def find(
         return local / path
     if kind == "annotation" and slide.startswith(_SPLOTCH_SLIDES):
         return _splotch_annotation(slide)
-    return from_hub(DATASET, REVISION, path, slide=slide, tried=local)
+    tried = f"not in {local} either" if local else "STIMAGE_ROOT is not set"
+    return from_hub(
+        DATASET, REVISION, str(path), repo_type="dataset", context=tried, fix=FIX, slide=slide
+    )
 
 
 def local_root(root: Path | str | None = None) -> Path | None:

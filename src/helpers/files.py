@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
@@ -152,51 +152,63 @@ def digest(**settings: object) -> str:
 
 
 def from_hub(
-    dataset: str, revision: str, path: PurePosixPath, *, slide: str | None, tried: Path | None
+    repo_id: str,
+    revision: str,
+    filename: str,
+    *,
+    repo_type: str = "model",
+    context: str,
+    fix: str,
+    slide: str | None = None,
 ) -> Path:
-    """Fetch one file of a dataset at a pinned revision into the hub's own cache.
+    """Fetch one file at a pinned revision into the hub's own cache, and check its bytes.
 
     Parameters
     ----------
-    dataset, revision, path
-        What to fetch: ``owner/name``, a commit, a path inside the dataset.
-    slide, tried
-        For the message: which slide needs it, and which local root lacks it.
+    repo_id, revision, filename, repo_type
+        As in `huggingface_hub.hf_hub_download`.
+    context
+        For the message: what needs the file, or where else it was looked for.
+    fix
+        For the message: how to have the file without the hub.
+    slide
+        For the message: which slide needs the file.
 
     Raises
     ------
     DataError
-        When the hub cannot be reached, lacks the file, or sends bytes that do not match their hash.
+        When the hub cannot be reached, refuses or lacks the file, or sends bytes that do not match
+        their hash. If the file is missing, on the hub or while offline, the error's ``__cause__``
+        is the hub's ``EntryNotFoundError``.
     """
     import httpx
     import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
-    where = f"looked in {tried}" if tried else "STIMAGE_ROOT is not set"
-    arguments = {"filename": str(path), "repo_type": "dataset", "revision": revision}
-    if isinstance(cached := hub.try_to_load_from_cache(dataset, **arguments), str):
+    place = {"repo_id": repo_id, "filename": filename, "revision": revision, "repo_type": repo_type}
+    name = f"{filename} of {repo_id} at revision {revision[:8]}"
+    if isinstance(cached := hub.try_to_load_from_cache(**place), str):
         return Path(cached)
-    if not hub.constants.HF_HUB_OFFLINE and not reachable(hub.constants.ENDPOINT):
-        raise DataError(
-            f"{path} is not here ({where}) and the hub cannot be reached", slide=slide, fix=FIX
-        )
+    endpoint = hub.constants.ENDPOINT
+    offline = hub.constants.HF_HUB_OFFLINE or not reachable(endpoint)
     try:
-        logger.info("fetching %s from the hub", path)
-        file = Path(hub.hf_hub_download(dataset, **arguments))
-    except LocalEntryNotFoundError as error:
-        raise DataError(
-            f"{path} is not here ({where}) and the hub cannot be reached", slide=slide, fix=FIX
-        ) from error
-    except EntryNotFoundError as error:
-        raise DataError(
-            f"{path} is not here ({where}) and not on the hub at revision {revision[:8]}",
-            slide=slide,
-            fix=FIX,
-        ) from error
+        if not offline:
+            logger.info("fetching %s", name)
+        file = Path(hub.hf_hub_download(**place, local_files_only=offline))
     except (hub.errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise DataError(
-            f"fetching {path} from the hub failed: {error}", slide=slide, fix=FIX
-        ) from error
+        if isinstance(error, LocalEntryNotFoundError):
+            problem = "is not in the hub's cache, and the hub cannot be reached"
+        elif isinstance(error, EntryNotFoundError):
+            problem = "is not on the hub"
+        elif isinstance(error, GatedRepoError):
+            problem = "is gated"
+            fix = (
+                f"ask for access at {endpoint}/{repo_id}, make a token there and set the "
+                f"environment variable HF_TOKEN to it; or {fix}"
+            )
+        else:
+            problem = f"could not be fetched: {error}"
+        raise DataError(f"{name} {problem} ({context})", slide=slide, fix=fix) from error
     _verify_blob(file, slide)
     return file
 

@@ -23,6 +23,7 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -319,47 +320,24 @@ _PLAIN = {  # the older name of the same weights in a repository without safeten
 
 
 def _from_hub(name: str, source: Source) -> Path:
-    """Fetch one file of a model into the hub's own cache; say within seconds if that cannot be."""
-    import httpx
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+    """Fetch one file of a model, under its older name where the repository has no safetensors."""
 
-    place = {"repo_id": source.repo, "filename": source.file, "revision": source.revision}
-    where = f"{source.file} of {source.repo} at revision {source.revision[:8]}"
-    elsewhere = "fetch that file by another way and give its path as weights=, or use 'mini'"
-    if isinstance(cached := hub.try_to_load_from_cache(**place), str):
-        return Path(cached)
-    other = replace(source, file=_PLAIN.get(source.file, source.file))
-    out_of_reach = DataError(
-        f"the tower {name!r} needs {where}, which is not in the hub's cache, and the hub cannot be "
-        "reached",
-        fix=f"connect to the internet once, or {elsewhere}",
-    )
-    if hub.constants.HF_HUB_OFFLINE or not files.reachable(hub.constants.ENDPOINT):
-        if isinstance(
-            cached := hub.try_to_load_from_cache(**place | {"filename": other.file}), str
-        ):
-            return Path(cached)
-        raise out_of_reach
+    def fetch(file: str) -> Path:
+        return files.from_hub(
+            source.repo,
+            source.revision,
+            file,
+            context=f"needed by the tower {name!r}",
+            fix=f"connect to the internet once, or download {source.file} by other means and pass "
+            "its path as weights=, or use 'mini'",
+        )
+
     try:
-        logger.info("fetching %s", where)
-        file = Path(hub.hf_hub_download(**place))
-    except GatedRepoError as error:
-        raise DataError(
-            f"the weights of the tower {name!r} are gated",
-            fix=f"ask for access at {hub.constants.ENDPOINT}/{source.repo}, then make a token "
-            f"there and set the environment variable HF_TOKEN to it; or {elsewhere}",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise out_of_reach from error
-    except EntryNotFoundError as error:
-        if other.file != source.file:
-            return _from_hub(name, other)
-        raise DataError(f"the hub has no {where}", fix=elsewhere) from error
-    except (hub.errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise DataError(f"fetching {where} failed: {error}", fix=elsewhere) from error
-    files._verify_blob(file, None)
-    return file
+        return fetch(source.file)
+    except DataError as error:
+        if source.file in _PLAIN and isinstance(error.__cause__, EntryNotFoundError):
+            return fetch(_PLAIN[source.file])
+        raise
 
 
 def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
