@@ -27,6 +27,11 @@ def test_adjacent_sections_are_of_one_donor():
         assert (table.groupby("group")["donor"].nunique() == 1).all()
 
 
+def test_olfactory_bulb_tiles_are_twice_as_wide_as_the_others():
+    sides = {name: study.side_um for name, study in catalog.STUDIES.items()}
+    assert sides == {"demo": 100.0, "mob": 200.0, "her2st": 100.0, "dlpfc": 100.0}
+
+
 def test_unknown_section():
     with pytest.raises(DataError, match="slide x: not in study 'mob'"):
         catalog.study("mob").section("x")

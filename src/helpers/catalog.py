@@ -81,7 +81,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Study:
-    """A few slides that belong together, and the labels their spots may carry, in order."""
+    """A few slides that belong together, and the labels their spots may carry, in order.
+
+    `side_um` is the side of a tile, in um, that the chapters use when they are given none.
+    """
 
     name: str
     title: str
@@ -91,6 +94,7 @@ class Study:
     labels: tuple[str, ...]
     source: str
     licence: str
+    side_um: float = 100.0
 
     def section(self, slide: str) -> Section:
         """Return the section called `slide`."""
@@ -140,6 +144,7 @@ STUDIES: dict[str, Study] = {
         ),
         "Stahl et al. 2016, https://doi.org/10.1126/science.aaf2403; layers from tare/Splotch",
         "as published by the authors; layers BSD-3-Clause",
+        side_um=200.0,
     ),
     "her2st": Study(
         "her2st",
