@@ -1,4 +1,4 @@
-"""Splits: nobody who could tell stands on both sides."""
+"""Splits: nothing in training gives a tested spot away."""
 
 import anndata as ad
 import numpy as np
@@ -81,7 +81,7 @@ def test_blocks_keep_spots_sections_and_buffer_apart(made, n, buffer_um, togethe
     try:
         splits = spatial_blocks(table, n, buffer_um=buffer_um, um_per_px=scales, together=together)
     except DataError as error:
-        assert "leaves nobody to train on" in str(error)  # noqa: PT017
+        assert "leaves no spot to train on" in str(error)  # noqa: PT017
         return
     assert trouble(splits, buffer_um=buffer_um) == []
     assert once_each(splits)
@@ -89,7 +89,7 @@ def test_blocks_keep_spots_sections_and_buffer_apart(made, n, buffer_um, togethe
 
 @settings(max_examples=25, deadline=None)
 @given(wild(), st.sampled_from(["group", "donor", "slide"]))
-def test_who_is_left_out_has_no_relative_in_training(made, by):
+def test_what_is_left_out_has_no_relative_in_training(made, by):
     table, _ = made
     if table[by].nunique() < 2 or (by == "slide" and table["group"].nunique() < 2):
         with pytest.raises(DataError, match="to train on"):
@@ -141,7 +141,7 @@ def test_a_buffer_is_in_microns_of_its_own_slide():
         for slide, fold in zip(("A1", "B1"), coarse.folds[::2], strict=True)
     }
     assert left["A1"] > 0  # 200 um apart: two rows and the ragged edge
-    assert left["B1"] == 0  # 2,000 um apart: nobody within 500
+    assert left["B1"] == 0  # 2,000 um apart: no spot within 500
 
 
 def test_together_needs_fewer_folds():
@@ -173,7 +173,7 @@ def test_the_ladder_in_order():
     assert list(ladder(with_study, SCALES))[-1] == "left-out study"
 
 
-def test_a_rung_nobody_could_be_tested_on_is_left_out(caplog):
+def test_a_split_without_two_labelled_units_is_left_out(caplog):
     table = spots()
     table.loc[table["donor"] != "C", "label"] = None
     assert list(ladder(table, SCALES)) == ["random spots", "spatial blocks", "left-out section"]
@@ -226,7 +226,7 @@ def test_scikit_learn_takes_it_for_a_cross_validator():
     model = DummyClassifier(strategy="most_frequent")
     scores = cross_val_score(model, x, splits.spots["label"], cv=splits)
     np.testing.assert_allclose(scores, 1 / 3)
-    with pytest.raises(DataError, match=r"5 rows of features for the 486 spots"):
+    with pytest.raises(DataError, match=r"5 rows of features for a split of 486 spots"):
         next(splits.split(x[:5]))
 
 
@@ -303,16 +303,16 @@ def test_a_broken_table_is_refused(change, message):
         (lambda t: spot_table(t, {"A1": 2.0}), "slide A2: no um per px is known"),
         (lambda t: spot_table(t, {**SCALES, "B1": 0.0}), "slide B1: 0.0 um per px is no scale"),
         (lambda t: spatial_blocks(t), "needs the scale"),
-        (lambda t: spatial_blocks(t, 1, um_per_px=SCALES), "n is 1"),
-        (lambda t: spatial_blocks(t, buffer_um=-1, um_per_px=SCALES), "buffer_um -1"),
+        (lambda t: spatial_blocks(t, 1, um_per_px=SCALES), "n is 1, buffer_um is 400"),
+        (lambda t: spatial_blocks(t, buffer_um=-1, um_per_px=SCALES), "buffer_um is -1"),
         (
             lambda t: spatial_blocks(t[t["group"] == "A"], buffer_um=1e5, um_per_px=SCALES),
-            "leaves nobody to train on",
+            "leaves no spot to train on",
         ),
-        (lambda t: random_spots(t, 1), "do not make 1 folds"),
+        (lambda t: random_spots(t, 1), "486 spots cannot be split into 1 folds"),
         (lambda t: left_out(t[t["donor"] == "A"]), "all spots are of one donor, 'A'"),
         (lambda t: left_out(t, "study"), "no column 'study'"),
-        (lambda t: left_out(t[t["group"] == "A"], "slide"), "leaves nobody to train on"),
+        (lambda t: left_out(t[t["group"] == "A"], "slide"), "leaves no spot to train on"),
     ],
 )
 def test_what_cannot_be_split_is_said(call, message):

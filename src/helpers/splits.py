@@ -1,8 +1,8 @@
-"""Who may learn from whom: ways to split spots into training and test, from careless to strict.
+"""Ways to split spots into training and test, from careless to strict.
 
 A spot resembles its neighbours, the same place on the next section, and the rest of its donor. The
-stricter a split, the less of that can help, so a score means: what is left on tissue that is
-farther away. Every split here is a cross-validator of scikit-learn, and each fold has a name.
+stricter a split, the less of this resemblance can help, so a score shows how well a model does on
+tissue that is farther away. Every split is a cross-validator of scikit-learn with named folds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from sklearn.model_selection import KFold
 
 from helpers.files import DataError
-from helpers.slides import WHO, spot_table
+from helpers.slides import spot_table
 
 if TYPE_CHECKING:
     from helpers.slides import Scales, Spots
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INNER = 3  # folds, where a setting is chosen inside a training part
+INNER = 3  # folds inside a training part, where a setting is chosen
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Fold:
     Attributes
     ----------
     name
-        Who is tested, such as the donor held out.
+        What is tested, such as the donor held out.
     train, test
-        Row numbers. What is in neither, such as the buffer around a block, may not be used.
+        Row numbers. Rows in neither, such as the buffer around a block, may not be used.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Splits:
-    """A way to split spots; takes the place of `cv` in scikit-learn.
+    """A way to split spots; pass it to scikit-learn as `cv`.
 
     Attributes
     ----------
     name
         The kind of split.
     spots
-        What was split: the table that `spot_table` returns.
+        The table that was split, from `helpers.slides.spot_table`.
     folds
         All divisions.
     within
@@ -69,15 +69,15 @@ class Splits:
     within: Callable[[pd.DataFrame], Splits]
 
     def split(self, X=None, y=None, groups=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the row numbers of training and test; `y` and `groups` are not looked at.
+        """Yield the row numbers of training and test; `y` and `groups` are ignored.
 
         Raises
         ------
         DataError
-            When `X` has not one row per spot.
+            When `X` does not have one row per spot.
         """
         if X is not None and np.shape(X)[0] != len(self.spots):
-            what = f"{np.shape(X)[0]} rows of features for the {len(self.spots)} spots that split"
+            what = f"{np.shape(X)[0]} rows of features for a split of {len(self.spots)} spots"
             raise DataError(what, fix="give features in the row order of the spots")
         for fold in self.folds:
             yield fold.train, fold.test
@@ -87,27 +87,25 @@ class Splits:
         return len(self.folds)
 
 
-# --------------------------------------------------------------------------- the rungs
-
-
 def random_spots(spots: Spots, n: int = 5, seed: int = 0) -> Splits:
     """Split spots at random, as is often done: neighbours of a test spot are in training.
 
     Parameters
     ----------
     spots
-        What `spot_table` takes.
+        What `helpers.slides.spot_table` takes.
     n
         Folds; each spot is tested once.
     seed
-        Of the order.
+        Seed of the order.
     """
     table = spot_table(spots)
     if not 2 <= n <= len(table):
-        raise DataError(f"{len(table)} spots do not make {n} folds", fix="2 or more, one spot each")
-    folds = KFold(n, shuffle=True, random_state=seed).split(table)
-    named = [Fold(f"spots {i + 1} of {n}", *rows) for i, rows in enumerate(folds)]
-    return Splits("random spots", table, tuple(named), partial(random_spots, n=INNER, seed=seed))
+        what = f"{len(table)} spots cannot be split into {n} folds"
+        raise DataError(what, fix="ask for at least 2 folds, and at most one per spot")
+    rows = KFold(n, shuffle=True, random_state=seed).split(table)
+    folds = [Fold(f"spots {i} of {n}", *parts) for i, parts in enumerate(rows, start=1)]
+    return Splits("random spots", table, tuple(folds), partial(random_spots, n=INNER, seed=seed))
 
 
 def spatial_blocks(
@@ -122,48 +120,47 @@ def spatial_blocks(
     """Hold out a piece of a slide, with a buffer around it.
 
     Spots of the same slide within the buffer are in neither part. Nor are the other sections of the
-    slide's group: they show nearly the same tissue, but how they lie to each other is known only
-    roughly, if at all, so no buffer could be drawn on them. Other groups are in training whole.
+    slide's group: they show nearly the same tissue, and without an alignment no buffer can be drawn
+    on them. Other groups are in training as a whole.
 
     Parameters
     ----------
     spots, um_per_px
-        What `spot_table` takes; the scale must be known.
+        What `helpers.slides.spot_table` takes; the scale must be known.
     n
         Pieces per slide, compact and with equally many spots; each spot is tested once.
     buffer_um
         Distance in um, centre to centre. Square tiles share no px beyond 1.42 times their side.
     together
-        Hold out a piece of every group at a time: `n` times as many folds as a group has sections,
-        instead of `n` per slide, for what is slow to fit. It trains on less, and every group gives
-        up its other sections. Pieces are numbered at random, so that a fold does not take the same
+        Hold out a piece of every group at a time: `n` folds for each section of a group instead of
+        `n` per slide, for models that are slow to fit. Training is smaller, as every group loses
+        its other sections. Pieces are numbered at random, so that a fold does not hold out the same
         corner of every slide.
     seed
-        Of these numbers.
+        Seed of this numbering.
     """
     table = spot_table(spots, um_per_px)
     if "x_um" not in table:
         what = "a buffer in um needs the scale of the slides"
-        raise DataError(what, fix="give um_per_px, to left_out too where it leaves one section")
+        raise DataError(what, fix="give um_per_px (to left_out, if one section is left to train)")
     if n < 2 or buffer_um < 0:
-        raise DataError(f"n is {n}, buffer_um {buffer_um}", fix="2 or more pieces, 0 um or more")
-    xy, rng, tests = table[["x_um", "y_um"]].to_numpy(float), np.random.default_rng(seed), {}
-    for _, sections in table.groupby(units(table, "group")):
-        for s, slide in enumerate(sorted(sections["slide"].unique())):
-            rows = np.flatnonzero(table["slide"] == slide)
-            number = parts(xy[rows], n)
+        what = f"n is {n}, buffer_um is {buffer_um}"
+        raise DataError(what, fix="ask for at least 2 pieces and a buffer of 0 um or more")
+    xy, slide = table[["x_um", "y_um"]].to_numpy(float), table["slide"].to_numpy()
+    group, rng, held = units(table, "group"), np.random.default_rng(seed), {}
+    for _, sections in table.groupby(group):
+        for s, name in enumerate(sorted(sections["slide"].unique()), start=1):
+            rows = np.flatnonzero(slide == name)
+            piece = parts(xy[rows], n)
             if together:
-                number = rng.permutation(n)[number]
-            for i in np.unique(number):
-                name = f"section {s + 1} of each group" if together else slide
-                tests.setdefault(f"{name}, block {i + 1} of {n}", []).append(rows[number == i])
+                piece, name = rng.permutation(n)[piece], f"section {s} of each group"
+            for i in np.unique(piece):
+                held.setdefault(f"{name}, block {i + 1} of {n}", []).append(rows[piece == i])
     folds = []
-    for name, held in tests.items():
-        test = _mask(np.concatenate(held), len(table))
-        near = _mask(_near(table["slide"].to_numpy(), xy, test, buffer_um), len(table))
-        folds.append(
-            _fold(name, ~near & ~(_adjacent(table, test) & ~_of_slides(table, test)), test)
-        )
+    for name, rows in held.items():
+        test = np.isin(np.arange(len(table)), np.concatenate(rows))
+        adjacent = group.isin(group[test]).to_numpy() & ~np.isin(slide, slide[test])
+        folds.append(_fold(name, ~adjacent & ~_near(xy, slide, test, buffer_um), test))
     within = partial(spatial_blocks, n=2, buffer_um=buffer_um, together=True, seed=seed)
     return Splits("spatial blocks", table, tuple(folds), within)
 
@@ -173,31 +170,29 @@ def left_out(
 ) -> Splits:
     """Hold out all spots of a donor, a group of adjacent sections, a study or a slide.
 
-    No section adjacent to a tested one is in training, whatever is held out: with ``by="slide"``
-    the other sections of its group are in neither part.
+    A section adjacent to a tested one is never in training: with ``by="slide"`` the other sections
+    of its group are in neither part.
 
     Parameters
     ----------
     spots, um_per_px
-        What `spot_table` takes. The scale is needed where a training part is of one section, and so
-        must be cut into blocks to choose a setting.
+        What `helpers.slides.spot_table` takes. The scale is needed where a training part has one
+        section, which must be cut into blocks to choose a setting.
     by
-        ``"group"``, ``"donor"``, ``"study"`` or ``"slide"``. Where a donor has one group, the first
-        two are the same split.
+        ``"group"``, ``"donor"``, ``"study"`` or ``"slide"``.
     at_most
-        Deal them into so many folds; None: one fold each.
+        Largest number of folds, each of several units then; None: one fold for each unit.
     """
     table = spot_table(spots, um_per_px)
-    unit = units(table, by)
-    names = list(unit.value_counts(sort=False).sort_index(kind="stable").index)
+    unit, group = units(table, by), units(table, "group")
+    names, folds = sorted(unit.unique()), []
     if len(names) < 2:
-        what = f"all spots are of one {by}, {names[0]!r}: nobody is left to train on"
-        raise DataError(what, fix="add slides of others, or take spatial blocks")
-    folds = []
-    for i in range(min(at_most or len(names), len(names))):
-        held = names[i :: at_most or len(names)]
+        what = f"all spots are of one {by}, {names[0]!r}: no spot is left to train on"
+        raise DataError(what, fix=f"add slides of a second {by}, or use spatial_blocks")
+    n = min(at_most or len(names), len(names))
+    for held in (names[i::n] for i in range(n)):
         test = unit.isin(held).to_numpy()
-        folds.append(_fold(", ".join(held), ~_adjacent(table, test), test))
+        folds.append(_fold(", ".join(held), ~group.isin(group[test]).to_numpy(), test))
     name = "left-out section" if by == "group" else f"left-out {by}"
     return Splits(name, table, tuple(folds), partial(_inside, by=by))
 
@@ -223,19 +218,19 @@ def ladder(
 ) -> dict[str, Splits]:
     """Return all splits that these spots allow, by name, from careless to strict.
 
-    A rung is left out, with a line in the log, where no second section, donor or study has labels:
-    nobody could be trained or tested there. (A study or donor without labels stays in the table.)
+    Where only one section, donor or study has labels, its split is left out, with a line in the
+    log. (Units without labels stay in the table.)
 
     Parameters
     ----------
     spots, um_per_px
-        What `spot_table` takes; the scale must be known.
+        What `helpers.slides.spot_table` takes; the scale must be known.
     n
-        Folds of random spots.
+        Folds of `random_spots`.
     n_blocks, buffer_um, together
         Of `spatial_blocks`.
     seed
-        Of `random_spots` and `spatial_blocks`.
+        Of both.
     """
     table = spot_table(spots, um_per_px)
     rungs = [
@@ -251,81 +246,53 @@ def ladder(
     return {rung.name: rung for rung in rungs}
 
 
-# --------------------------------------------------------------------------- masks
-
-
 def _fold(name: str, train: np.ndarray, test: np.ndarray) -> Fold:
+    """Turn two masks into a fold."""
     if not train.any():
-        fix = "a smaller buffer, smaller blocks, or more slides"
-        raise DataError(f"fold {name!r} leaves nobody to train on", fix=fix)
+        fix = "use a smaller buffer or smaller blocks, or add slides"
+        raise DataError(f"fold {name!r} leaves no spot to train on", fix=fix)
     return Fold(name, np.flatnonzero(train), np.flatnonzero(test))
 
 
-def _mask(rows: np.ndarray, n: int) -> np.ndarray:
-    mask = np.zeros(n, bool)
-    mask[rows] = True
-    return mask
-
-
-def _of_slides(table: pd.DataFrame, test: np.ndarray) -> np.ndarray:
-    return table["slide"].isin(table["slide"][test]).to_numpy()
-
-
-def _adjacent(table: pd.DataFrame, test: np.ndarray) -> np.ndarray:
-    """Spots of the slides and groups that are tested."""
-    group = units(table, "group")
-    return group.isin(group[test]).to_numpy() | _of_slides(table, test)
-
-
-def _near(slide: np.ndarray, xy: np.ndarray, test: np.ndarray, buffer_um: float) -> np.ndarray:
-    """Rows within the buffer of a tested spot of the same slide, among them the tested ones."""
-    found = []
+def _near(xy: np.ndarray, slide: np.ndarray, test: np.ndarray, buffer_um: float) -> np.ndarray:
+    """Mark the spots within the buffer of a tested spot of the same slide, and these themselves."""
+    near = np.zeros(len(xy), bool)
     for name in np.unique(slide[test]):
-        rows, asked = np.flatnonzero(slide == name), np.flatnonzero((slide == name) & test)
-        distance, _ = cKDTree(xy[asked]).query(xy[rows])
-        found.append(rows[distance <= buffer_um])
-    return np.concatenate(found)
-
-
-# --------------------------------------------------------------------------- pieces of tissue
+        here = slide == name
+        near[here] = cKDTree(xy[here & test]).query(xy[here])[0] <= buffer_um
+    return near
 
 
 def units(table: pd.DataFrame, by: str) -> pd.Series:
-    """Return whose each spot is; a donor "A" of two studies is two donors."""
+    """Return the donor, group, slide or study of each spot; equal names in two studies differ."""
     if by not in table:
-        known = [c for c in (*WHO, "study") if c in table]
-        raise DataError(f"the table of spots has no column {by!r}", fix=f"one of {known}")
+        known = [c for c in ("slide", "donor", "group", "study") if c in table]
+        raise DataError(f"the table of spots has no column {by!r}", fix=f"use one of {known}")
     several = by in ("donor", "group") and "study" in table and table["study"].nunique() > 1
     return table["study"] + " " + table[by] if several else table[by]
 
 
 def parts(xy: np.ndarray, n: int) -> np.ndarray:
-    """Give points the number of a compact part: halved across the longer side, and again.
+    """Cut points into compact parts: halve them across the longer side, and again.
 
     Parameters
     ----------
     xy
-        Places in any unit, shape ``(points, 2)``.
+        Coordinates in any unit, shape ``(points, 2)``.
     n
-        How many parts.
+        Number of parts.
 
     Returns
     -------
     int, shape ``(points,)``, from 0 to n - 1, equally many points of each.
     """
-    number = np.zeros(len(xy), int)
-
-    def cut(rows: np.ndarray, n: int, first: int) -> None:
-        if n == 1 or not len(rows):
-            number[rows] = first
-            return
-        longer = np.ptp(xy[rows], axis=0).argmax()
-        rows = rows[np.argsort(xy[rows, longer], kind="stable")]
-        at = round(len(rows) * (n // 2) / n)
-        cut(rows[:at], n // 2, first)
-        cut(rows[at:], n - n // 2, first + n // 2)
-
-    cut(np.arange(len(xy)), n, 0)
+    if n == 1 or not len(xy):
+        return np.zeros(len(xy), int)
+    order = np.argsort(xy[:, np.ptp(xy, axis=0).argmax()], kind="stable")
+    first, second = np.split(order, [round(len(xy) * (n // 2) / n)])
+    number = np.empty(len(xy), int)
+    number[first] = parts(xy[first], n // 2)
+    number[second] = n // 2 + parts(xy[second], n - n // 2)
     return number
 
 
