@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from helpers import catalog
-from helpers.files import DataError
+from helpers.files import DataError, sha256
 
 
 def test_unknown_study_lists_the_known_ones():
@@ -130,13 +130,8 @@ def test_table_is_typed(write):
     ]
 
 
-def test_table_with_a_path_that_leaves_the_root(write):
-    with pytest.raises(DataError, match=r"slide \.\./\.\./x, file .*outside the dataset's root"):
-        catalog.metadata(write(ROW | {"slide": "../../x"}))
-
-
 def test_table_with_a_slide_twice(write):
-    with pytest.raises(DataError, match=r"slide S1, file .*twice"):
+    with pytest.raises(DataError, match=r"file .*row 2 .*duplicate"):
         catalog.metadata(write(ROW, ROW))
 
 
@@ -145,27 +140,23 @@ def test_table_without_a_column(write):
         catalog.metadata(write(ROW, drop=["spot_num"]))
 
 
-@pytest.mark.parametrize("number", [-5, 1.5, "many", None])
-def test_table_with_a_number_of_spots_that_is_none(write, number):
-    with pytest.raises(DataError, match=r"slide S1, file .*spot_num is .*not a whole number"):
-        catalog.metadata(write(ROW | {"spot_num": number}))
+@pytest.mark.parametrize(
+    "cell", [{"spot_num": 1.5}, {"spot_num": "many"}, {"gene_num": None}, {"involve_cancer": "no"}]
+)
+def test_table_with_a_value_of_the_wrong_type(write, cell):
+    with pytest.raises(DataError, match=r"file .*not the table of slides"):
+        catalog.metadata(write(ROW | cell))
 
 
-@pytest.mark.parametrize("word", ["no", "unknown", None])
-def test_table_with_a_word_where_true_or_false_belongs(write, word):
-    with pytest.raises(DataError, match="involve_cancer"):
-        catalog.metadata(write(ROW | {"involve_cancer": word}))
-
-
-def test_table_with_a_row_that_names_no_slide(write):
-    with pytest.raises(DataError, match="names no slide"):
+def test_table_with_a_row_without_slide_name(write):
+    with pytest.raises(DataError, match="row 2 of the table has no slide name"):
         catalog.metadata(write(ROW, ROW | {"slide": None}))
 
 
 def test_empty_table(write):
     root = write(ROW)
     (root / catalog.METADATA).write_text("")
-    with pytest.raises(DataError, match=r"file .*csv: not a table"):
+    with pytest.raises(DataError, match=r"file .*csv: not the table of slides"):
         catalog.metadata(root)
 
 
@@ -174,7 +165,7 @@ def test_technology_of_a_slide_outside_the_books_studies(write):
 
 
 def test_slide_that_is_not_in_the_table(write):
-    with pytest.raises(DataError, match="slide S9: no such slide"):
+    with pytest.raises(DataError, match="slide S9: this slide is not in"):
         catalog.technology("S9", root=write(ROW))
 
 
@@ -193,7 +184,7 @@ def test_official_table_has_1149_slides_and_4293195_spots(real_root):
 
 
 def test_official_table_is_the_pinned_one(real_root):
-    assert catalog.sha256(catalog.metadata_path(real_root)) == catalog.METADATA_SHA256
+    assert sha256(catalog.metadata_path(real_root)) == catalog.METADATA_SHA256
 
 
 # --------------------------------------------------------------------------- Splotch's layers

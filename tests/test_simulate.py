@@ -145,10 +145,10 @@ def test_every_layer_has_enough_spots(labels, slide):
 
 @pytest.mark.parametrize("slide", SLIDES)
 def test_spots_lie_on_tissue(images, coords, slide):
-    glass = np.percentile(images[slide].mean(axis=2), 97)
+    background = np.percentile(images[slide].mean(axis=2), 97)
     at = coords[slide][["yaxis", "xaxis"]].to_numpy().astype(int)
     blurred = ndimage.uniform_filter(images[slide].mean(axis=2), 25)
-    assert (blurred[at[:, 0], at[:, 1]] < glass - 25).mean() > 0.95
+    assert (blurred[at[:, 0], at[:, 1]] < background - 25).mean() > 0.95
 
 
 # ------------------------------------------------------------------------------------------ counts
@@ -373,6 +373,16 @@ def test_the_same_seed_writes_the_same_bytes(root, again):
     files = [f.relative_to(again) for f in again.rglob("*") if f.is_file()]
     assert len(files) == 4
     assert all((again / f).read_bytes() == (root / f).read_bytes() for f in files)
+
+
+def test_the_study_is_the_one_that_the_folder_is_named_for(counts, images):
+    """Rename `simulate.FOLDER` when this changes: caches are keyed to the files in it."""
+    assert simulate.FOLDER == "demo-2bc198349dcff7ce"
+    totals = [int(c.to_numpy().sum()) for c in counts.values()]
+    assert totals == pytest.approx([2208590, 1707295, 1158987, 1362779, 1511815, 927870], rel=1e-4)
+    assert [p.mean() for p in images.values()] == pytest.approx(
+        [182.66, 181.42, 178.86, 177.03, 188.24, 184.88], rel=1e-4
+    )
 
 
 def test_another_seed_makes_other_genes():

@@ -91,11 +91,11 @@ def official() -> tuple[Facts, str] | None:
 
     A table of another content (such as that of a simulated study) is not the official one.
     """
-    from helpers import catalog
+    from helpers import catalog, files
 
     try:
         path = catalog.metadata_path()
-        sha256 = catalog.sha256(path)
+        sha256 = files.sha256(path)
         if sha256 != catalog.METADATA_SHA256:
             logger.warning("%s is not the official table of slides: %s", path, sha256)
             return None

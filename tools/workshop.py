@@ -22,6 +22,7 @@ import yaml
 import notebooks as nbs
 from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
+from helpers.files import sha256
 from run_notebooks import RECORD, ROOT, chapters
 
 COPIED = (
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     packed = out / "workshop.zip"
     print(f"The workshop edition of study {options.study}:\n  {out / 'workshop'}")
-    print(f"  {packed} ({packed.stat().st_size / 1e6:.0f} MB, sha256 {catalog.sha256(packed)})")
+    print(f"  {packed} ({packed.stat().st_size / 1e6:.0f} MB, sha256 {sha256(packed)})")
     print(f"  data/  {said['data']}\n  html/  {said['html']}")
     return 0
 

@@ -1,7 +1,7 @@
-"""Which slides exist, where their files are, and how they get here.
+"""Which slides exist, which studies the book uses, and where the files are.
 
-A file is looked for in a local copy of STimage-1K4M first (the environment variable
-``STIMAGE_ROOT``), then on the Hugging Face hub at one pinned revision.
+A file is taken from a local copy of STimage-1K4M (the environment variable ``STIMAGE_ROOT``) if it
+is there, and else from the Hugging Face hub, at one pinned revision.
 """
 
 import io
@@ -13,43 +13,12 @@ from typing import Literal
 
 import pandas as pd
 
-from helpers.files import (
-    FIX,
-    DataError,
-    atomic,
-    cache_dir,
-    digest,
-    fetch,
-    fingerprint,
-    from_hub,
-    sha256,
-)
-
-__all__ = [
-    "STUDIES",
-    "DataError",
-    "Section",
-    "Study",
-    "atomic",
-    "cache_dir",
-    "digest",
-    "find",
-    "fingerprint",
-    "local_root",
-    "metadata",
-    "metadata_path",
-    "relative_path",
-    "sha256",
-    "spot_id",
-    "study",
-    "summary",
-    "technology",
-]
+from helpers.files import FIX, DataError, atomic, cache_dir, fetch, from_hub
 
 DATASET = "jiawennnn/STimage-1K4M"
 REVISION = "e570dbefb9baa66740adadc413254eac904b6bb0"
 METADATA = "meta/meta_all_gene02122025.csv"
-# The table is newer than the hub's revision, so it comes from the authors' GitHub repository.
+# The authors' GitHub repository has a newer table than the hub.
 METADATA_URL = (
     "https://raw.githubusercontent.com/JiawenChenn/STimage-1K4M/"
     "2be600a7f34755404955aa8ab48c759a8b52b817/" + METADATA
@@ -70,7 +39,7 @@ _FILE_NAMES = {
 
 @dataclass(frozen=True)
 class Section:
-    """One slide of a study; sections of one `group` were cut next to each other."""
+    """One slide of a study; sections with the same `group` were cut next to each other."""
 
     slide: str
     donor: str
@@ -81,9 +50,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Study:
-    """A few slides that belong together, and the labels their spots may carry, in order.
+    """A few slides that belong together.
 
-    `side_um` is the side of a tile, in um, that the chapters use when they are given none.
+    Attributes
+    ----------
+    labels
+        The labels that spots may have, in order.
+    side_um
+        Side of a tile, in um, that the chapters use by default.
     """
 
     name: str
@@ -97,16 +71,16 @@ class Study:
     side_um: float = 100.0
 
     def section(self, slide: str) -> Section:
-        """Return the section called `slide`."""
-        for section in self.sections:
-            if section.slide == slide:
-                return section
-        known = ", ".join(s.slide for s in self.sections)
-        raise DataError(f"not in study {self.name!r}", slide=slide, fix=f"choose one of {known}")
+        """Return the section with the name `slide`."""
+        sections = {section.slide: section for section in self.sections}
+        if slide not in sections:
+            fix = f"choose one of {', '.join(sections)}"
+            raise DataError(f"not in study {self.name!r}", slide=slide, fix=fix)
+        return sections[slide]
 
 
 def _sections(prefix: str, tech: str, rows: str, annotated: str | None = None) -> tuple:
-    """Sections from `slide:donor:group` triples; `annotated` names those with labels."""
+    """Make sections from ``slide:donor:group`` triples; `annotated` lists those with labels."""
     return tuple(
         Section(prefix + slide, donor, group, tech, annotated is None or slide in annotated.split())
         for slide, donor, group in (row.split(":") for row in rows.split())
@@ -115,49 +89,50 @@ def _sections(prefix: str, tech: str, rows: str, annotated: str | None = None) -
 
 STUDIES: dict[str, Study] = {
     "demo": Study(
-        "demo",
-        "Simulated layered tissue",
-        "simulated",
-        "simulated",
-        _sections("Demo_Layers_Simulated_ST_", "ST", "A1:A:A A2:A:A B1:B:B B2:B:B C1:C:C C2:C:C"),
-        ("Layer 1", "Layer 2", "Layer 3", "Layer 4", "Layer 5"),
-        "helpers.simulate",
-        "MIT (simulated by this book)",
+        name="demo",
+        title="Simulated layered tissue",
+        species="simulated",
+        tissue="simulated",
+        sections=_sections(
+            "Demo_Layers_Simulated_ST_", "ST", "A1:A:A A2:A:A B1:B:B B2:B:B C1:C:C C2:C:C"
+        ),
+        labels=("Layer 1", "Layer 2", "Layer 3", "Layer 4", "Layer 5"),
+        source="helpers.simulate",
+        licence="MIT (simulated by this book)",
     ),
     "mob": Study(
-        "mob",
-        "Mouse olfactory bulb",
-        "mouse",
-        "olfactory bulb",
+        name="mob",
+        title="Mouse olfactory bulb",
+        species="mouse",
+        tissue="olfactory bulb",
         # Animals from tare/Splotch, metadata.tsv. Rep11 and Rep12 come from one animal.
-        _sections(
-            "Mouse_OlfactoryBulb_Stahl_07012016_ST_",
-            "ST",
-            "Rep4:A:A Rep8:D:D Rep11:E:E Rep12:E:E",
+        sections=_sections(
+            "Mouse_OlfactoryBulb_Stahl_07012016_ST_", "ST", "Rep4:A:A Rep8:D:D Rep11:E:E Rep12:E:E"
         ),
-        (
+        labels=(
             "Olfactory nerve layer",
             "Glomerular layer",
             "Outer plexiform layer",
             "Mitral cell layer",
             "Granule cell layer",
         ),
-        "Stahl et al. 2016, https://doi.org/10.1126/science.aaf2403; layers from tare/Splotch",
-        "as published by the authors; layers BSD-3-Clause",
+        source="Stahl et al. 2016, https://doi.org/10.1126/science.aaf2403; "
+        "layers from tare/Splotch",
+        licence="as published by the authors; layers BSD-3-Clause",
         side_um=200.0,
     ),
     "her2st": Study(
-        "her2st",
-        "HER2-positive breast cancer",
-        "human",
-        "breast",
-        _sections(
+        name="her2st",
+        title="HER2-positive breast cancer",
+        species="human",
+        tissue="breast",
+        sections=_sections(
             "Human_Breast_Andersson_10142021_ST_",
             "ST",
             "A1:A:A A2:A:A B4:B:B C2:C:C C3:C:C C4:C:C",
             annotated="A1",
         ),
-        (
+        labels=(
             "invasive cancer",
             "cancer in situ",
             "connective tissue",
@@ -165,33 +140,33 @@ STUDIES: dict[str, Study] = {
             "immune infiltrate",
             "breast glands",
         ),
-        "Andersson et al. 2021, https://doi.org/10.1038/s41467-021-26271-2",
-        "CC BY 4.0",
+        source="Andersson et al. 2021, https://doi.org/10.1038/s41467-021-26271-2",
+        licence="CC BY 4.0",
     ),
     "dlpfc": Study(
-        "dlpfc",
-        "Human dorsolateral prefrontal cortex",
-        "human",
-        "brain",
+        name="dlpfc",
+        title="Human dorsolateral prefrontal cortex",
+        species="human",
+        tissue="brain",
         # Three donors, four sections each, in two pairs of neighbours 10 um apart (Maynard 2021).
-        _sections(
+        sections=_sections(
             "Human_Brain_Maynard_02082021_Visium_",
             "Visium",
             "151507:1:1a 151508:1:1a 151509:1:1b 151510:1:1b "
             "151669:2:2a 151670:2:2a 151671:2:2b 151672:2:2b "
             "151673:3:3a 151674:3:3a 151675:3:3b 151676:3:3b",
         ),
-        ("L1", "L2", "L3", "L4", "L5", "L6", "WM"),
-        "Maynard et al. 2021, https://doi.org/10.1038/s41593-020-00787-0",
-        "as published by the authors",
+        labels=("L1", "L2", "L3", "L4", "L5", "L6", "WM"),
+        source="Maynard et al. 2021, https://doi.org/10.1038/s41593-020-00787-0",
+        licence="as published by the authors",
     ),
 }
 
 
 def study(name: str) -> Study:
-    """Return the study called `name`, or say which ones there are."""
+    """Return the study called `name`."""
     if name not in STUDIES:
-        raise DataError(f"no study is called {name!r}", fix=f"choose one of {', '.join(STUDIES)}")
+        raise DataError(f"there is no study {name!r}", fix=f"choose one of {', '.join(STUDIES)}")
     return STUDIES[name]
 
 
@@ -199,48 +174,48 @@ def study(name: str) -> Study:
 
 
 def relative_path(slide: str, kind: Kind, tech: str) -> PurePosixPath:
-    """Return the official path of one file of a slide, below the dataset's root.
+    """Return the path of one file of a slide, relative to the dataset's root.
 
     Raises
     ------
     DataError
-        When the slide's name could lead out of the root, or the technology is unknown.
+        When the slide's name could point outside the root, or the technology is unknown.
     """
     if not re.fullmatch(r"[\w+\-.&,()\[\] ]+", slide) or slide.startswith("."):
         raise DataError(
-            f"the name {slide!r} is not a slide name: it would point outside the dataset's root",
+            f"{slide!r} is not a slide name: it could point outside the dataset's root",
             slide=slide,
             fix="use a name from the `slide` column of the metadata table",
         )
     if tech not in TECHNOLOGIES:
-        raise DataError(f"unknown technology {tech!r}", slide=slide, fix=f"one of {TECHNOLOGIES}")
+        raise DataError(
+            f"unknown technology {tech!r}", slide=slide, fix=f"use one of {TECHNOLOGIES}"
+        )
     return PurePosixPath(_FILE_NAMES[kind].format(tech=tech, slide=slide))
 
 
 def find(
     slide: str, kind: Kind, *, tech: str | None = None, root: Path | str | None = None
 ) -> Path:
-    """Return the path of one file of a slide, fetched from the hub when it is not here.
+    """Return the path of one file of a slide, fetched from the hub if necessary.
 
     Parameters
     ----------
     slide
-        Official name.
+        Its official name.
     kind
         ``"image"``, ``"coord"``, ``"gene_exp"`` or ``"annotation"``.
     tech
-        ``"ST"``, ``"Visium"`` or ``"VisiumHD"``; looked up when not given.
+        ``"ST"``, ``"Visium"`` or ``"VisiumHD"``; looked up if not given.
     root
-        A folder in the official layout; the environment variable ``STIMAGE_ROOT`` when not given.
+        A folder in the official layout; by default, the environment variable ``STIMAGE_ROOT``.
 
     Raises
     ------
     DataError
-        When the file is neither below `root` nor to be had from the hub. The message says what was
-        tried.
+        When the file is not below `root` and cannot be fetched from the hub.
     """
-    tech = tech or technology(slide, root=root)
-    path = relative_path(slide, kind, tech)
+    path = relative_path(slide, kind, tech or technology(slide, root=root))
     local = local_root(root)
     if local is not None and (local / path).exists():
         return local / path
@@ -269,22 +244,20 @@ def local_root(root: Path | str | None = None) -> Path | None:
 
 def technology(slide: str, *, root: Path | str | None = None) -> str:
     """Return the technology of a slide, from the book's studies or the metadata table."""
-    for known in STUDIES.values():
-        for section in known.sections:
-            if section.slide == slide:
-                return section.tech
-    table = metadata(root).set_index("slide")
-    if slide not in table.index:
+    known = {section.slide: section.tech for s in STUDIES.values() for section in s.sections}
+    if slide not in known:
+        known = metadata(root).set_index("slide")["tech"]
+    if slide not in known:
         raise DataError(
-            "no such slide in the metadata table",
+            "this slide is not in the metadata table",
             slide=slide,
-            fix="look the name up in the `slide` column of catalog.metadata()",
+            fix="look up its name in the `slide` column of catalog.metadata()",
         )
-    return str(table.loc[slide, "tech"])
+    return str(known[slide])
 
 
-# The olfactory bulb's layers are not part of the dataset. They are published with Splotch
-# (BSD-3-Clause): one matrix of layers x spots per replicate, with array coordinates as columns.
+# The layers of the olfactory bulb are published with Splotch (BSD-3-Clause): one matrix of layers x
+# spots per replicate, with array coordinates as columns.
 _SPLOTCH_SLIDES = "Mouse_OlfactoryBulb_Stahl_07012016_ST_Rep"
 SPLOTCH = (
     "https://raw.githubusercontent.com/tare/Splotch/5792958513c67742a7bbe60f80959bf8ddd23dc1/"
@@ -310,7 +283,11 @@ def _splotch_annotation(slide: str) -> Path:
     """Fetch the layers of one olfactory-bulb replicate and write them in the official layout."""
     number = slide.removeprefix(_SPLOTCH_SLIDES)
     if not (number.isdecimal() and int(number) in SPLOTCH_SHA256):
-        raise DataError("no layers are published for this replicate", slide=slide)
+        raise DataError(
+            "no layers are published for this replicate",
+            slide=slide,
+            fix=f"use one of the replicates {', '.join(map(str, SPLOTCH_SHA256))}",
+        )
     replicate = int(number)
     target = cache_dir() / "splotch" / f"{slide}_anno.csv"
     if target.exists():
@@ -328,27 +305,23 @@ def splotch_labels(text: str, slide: str) -> pd.Series:
     Parameters
     ----------
     text
-        Tab-separated; the first column names the layer, each other column is a spot ``x_y`` in
-        array coordinates, 1 where the spot belongs to the layer.
+        Tab-separated. The first column has the names of the layers. Every other column is a spot,
+        named by its array coordinates ``x_y``, with 1 in the row of its layer and 0 elsewhere.
     slide
-        Its name begins every spot id.
+        Its name is the first part of every spot id.
 
     Returns
     -------
-    Series named ``V2``, one row per labelled spot (``<slide>_<x>x<y>``, coordinates rounded). Spots
-    whose column is all zeros carry no label and are left out.
+    Series named ``V2``, one row per labelled spot (``<slide>_<x>x<y>``, coordinates rounded to the
+    array's grid). Spots without a layer are left out.
     """
     names = {layer.casefold(): layer for layer in STUDIES["mob"].labels}
     names["granular cell layer"] = "Granule cell layer"
     matrix = pd.read_csv(io.StringIO(text), sep="\t", index_col=0)
     matrix.index = [names[layer.casefold()] for layer in matrix.index]
-    matrix.columns = [spot_id(slide, *map(float, c.split("_"))) for c in matrix.columns]
+    places = [column.split("_") for column in matrix.columns]
+    matrix.columns = [f"{slide}_{round(float(x))}x{round(float(y))}" for x, y in places]
     return matrix.loc[:, matrix.sum() == 1].idxmax().rename("V2")
-
-
-def spot_id(slide: str, x: float, y: float) -> str:
-    """Return the id of the spot at array coordinates (x, y), rounded to the array's grid."""
-    return f"{slide}_{round(x)}x{round(y)}"
 
 
 # --------------------------------------------------------------------------- the table of slides
@@ -360,72 +333,59 @@ _TISSUES = {
     "largeintestine": "large intestine",
     "tissue specimen": "not stated",
 }
-_OFFICIAL = f"use the official table {METADATA}"
-_TEXT_COLUMNS = ("slide", "pmid", "title", "abstract", "keywords")
+_COLUMNS = {
+    "slide": "string",
+    "species": str,
+    "tissue": str,
+    "pmid": "string",
+    "title": "string",
+    "abstract": "string",
+    "keywords": "string",
+    "involve_cancer": bool,
+    "tech": str,
+    "spot_num": int,
+    "gene_num": int,
+}
 
 
 def metadata(root: Path | str | None = None) -> pd.DataFrame:
-    """Read the official table of slides, typed, with the labels cleaned and the originals kept.
+    """Read the official table of slides, with cleaned names of species and tissues.
 
     Parameters
     ----------
     root
-        A folder in the official layout; ``STIMAGE_ROOT``, then the hub, when not given.
+        A folder in the official layout; by default, ``STIMAGE_ROOT``, then the authors' repository.
 
     Returns
     -------
     DataFrame with one row per slide: `slide`, `species`, `tissue`, `pmid`, `title`, `abstract`,
     `keywords`, `involve_cancer` (bool), `tech` (category), `spot_num`, `gene_num` (int), and the
-    uncleaned `species_raw`, `tissue_raw`.
+    original `species_raw` and `tissue_raw`.
 
     Raises
     ------
     DataError
-        When the table cannot be had, is not whole, or names what is no slide.
+        When the table cannot be fetched, lacks a column, has a value of the wrong type, or a slide
+        name is missing or repeated.
     """
     path = metadata_path(root)
+    fix = f"use the official table {METADATA}"
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT_COLUMNS, "string"))
-    except (ValueError, OSError) as error:  # pandas' own errors and wrong encodings are ValueErrors
-        raise DataError(f"not a table ({error})", file=path, fix=_OFFICIAL) from error
-    _check_table(table, path)
+        table = pd.read_csv(path, usecols=list(_COLUMNS), dtype=_COLUMNS)
+    except (ValueError, OSError) as error:
+        raise DataError(f"not the table of slides ({error})", file=path, fix=fix) from error
+    if (bad := table["slide"].isna() | table["slide"].duplicated()).any():
+        what = f"row {bad.argmax() + 1} of the table has no slide name or a duplicate one"
+        raise DataError(what, file=path, fix=fix)
     for column, names in (("species", _SPECIES), ("tissue", _TISSUES)):
         table[f"{column}_raw"] = table[column].astype("category")
         table[column] = table[column].str.strip().replace(names).astype("category")
     table["tech"] = pd.Categorical(table["tech"], categories=TECHNOLOGIES)
-    return table.astype({"involve_cancer": bool, "spot_num": int, "gene_num": int})
-
-
-def _check_table(table: pd.DataFrame, path: Path) -> None:
-    """Refuse a table of slides that is not whole, or that names what is no slide."""
-    needed = {*_TEXT_COLUMNS, "species", "tissue", "tech", "involve_cancer", "spot_num", "gene_num"}
-    if missing := sorted(needed - set(table.columns)):
-        raise DataError(f"the metadata table lacks the columns {missing}", file=path, fix=_OFFICIAL)
-    if table["slide"].isna().any():
-        raise DataError("a row of the metadata table names no slide", file=path, fix=_OFFICIAL)
-    if table["slide"].duplicated().any():
-        twice = table.loc[table["slide"].duplicated(), "slide"].iloc[0]
-        raise DataError("this slide stands twice in the metadata table", slide=twice, file=path)
-    for slide, tech in zip(table["slide"], table["tech"], strict=True):
-        try:
-            relative_path(slide, "image", tech)
-        except DataError as error:
-            raise DataError(f"a row cannot be used: {error}", slide=slide, file=path) from error
-    for column in ("spot_num", "gene_num"):
-        numbers = pd.to_numeric(table[column], errors="coerce")
-        if (bad := ~(numbers.ge(0) & numbers.mod(1).eq(0))).any():
-            raise DataError(
-                f"{column} is {table.loc[bad, column].iloc[0]!r}, not a whole number",
-                slide=table.loc[bad, "slide"].iloc[0],
-                file=path,
-                fix=_OFFICIAL,
-            )
-    if not table["involve_cancer"].isin([True, False]).all():
-        raise DataError("involve_cancer is not True or False everywhere", file=path, fix=_OFFICIAL)
+    return table
 
 
 def metadata_path(root: Path | str | None = None) -> Path:
-    """Return the path of the official table of slides, fetched from GitHub when not here."""
+    """Return the path of the official table of slides, fetched from GitHub if necessary."""
     local = local_root(root)
     if local is not None and (local / METADATA).exists():
         return local / METADATA
