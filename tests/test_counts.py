@@ -165,34 +165,39 @@ def test_counts_of_one_gene_symbol_are_added_with_one_warning(table, caplog):
         pytest.param(
             "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ["git-lfs"], id="lfs"
         ),
-        pytest.param(b"\x1f\x8b\x08\x00rest", ["gzip", "gunzip"], id="gzip"),
-        pytest.param(b"\x89HDF\r\n\x1a\n\x00\x00", ["binary"], id="binary"),
+        pytest.param(b"\x1f\x8b\x08\x00rest", ["header", "cannot be read"], id="gzip"),
+        pytest.param(b"\x89HDF\r\n\x1a\n\x00\x00", ["header", "cannot be read"], id="binary"),
         pytest.param(b",A,\xff\xfe\ns,1,2\n", ["header"], id="not-text"),
         pytest.param(b",A\n\xff\xfe,1\n", ["line 2", "id"], id="id-not-text"),
-        pytest.param("\tA\tB\ns\t1\t2\n", ["no gene"], id="tabs"),
+        pytest.param("\tA\tB\ns\t1\t2\n", ["no genes"], id="tabs"),
         pytest.param(",A,,C\ns,1,2,3\n", ["column 3", "no gene symbol"], id="nameless-gene"),
         pytest.param(GOOD.replace("12", "2.5"), ["line 2", "s_1x1", "'C'", "2.5"], id="fraction"),
-        pytest.param(GOOD.replace("12", "-1"), ["line 2", "s_1x1", "'C'", "neg"], id="negative"),
+        pytest.param(
+            GOOD.replace("12", "-1"),
+            ["line 2", "s_1x1", "'C'", "'-1'", "whole number"],
+            id="negative",
+        ),
         pytest.param(GOOD.replace("5", "NaN"), ["line 3", "'A'", "'NaN'"], id="nan"),
         pytest.param(GOOD.replace("5", "inf"), ["line 3", "'A'", "inf"], id="infinite"),
-        pytest.param(GOOD.replace("5", ""), ["line 3", "'A'", "is empty"], id="empty-cell"),
+        pytest.param(GOOD.replace("5", ""), ["line 3", "'A'", "is ''"], id="empty-cell"),
         pytest.param(GOOD.replace("5", "high"), ["line 3", "'high'"], id="word"),
-        pytest.param(GOOD.replace("5", "16777217"), ["line 3", "too large"], id="too-large"),
-        pytest.param(GOOD.replace("5", "9" * 30), ["line 3", "too large"], id="far-too-large"),
+        pytest.param(
+            GOOD.replace("5", "16777217"), ["line 3", "16777217", "to 16777216"], id="too-large"
+        ),
         pytest.param(GOOD[:-3], ["line 4", "s_2x1", "2 counts for 3 genes"], id="cut-in-a-row"),
         pytest.param(GOOD[:-8], ["line 4", "no spot id or no counts"], id="cut-in-an-id"),
-        pytest.param(GOOD[:-2], ["line 4", "'C'", "empty", "fetch"], id="cut-before-a-cell"),
-        pytest.param(GOOD + '"s_9', ["line 5", "no spot id"], id="cut-in-a-quoted-id"),
-        pytest.param(GOOD[:-1], ["line 4", "no newline", "half a download"], id="no-newline"),
+        pytest.param(GOOD[:-2], ["line 4", "'C'", "fetch"], id="cut-before-a-cell"),
+        pytest.param(GOOD + '"s_9', ["line 5", "spot id"], id="cut-in-a-quoted-id"),
+        pytest.param(GOOD[:-1], ["line 4", "no newline", "incomplete"], id="no-newline"),
         pytest.param(GOOD.replace("3", "3\r4"), ["line 2", "cannot be read"], id="lone-cr"),
         pytest.param(
             GOOD.replace("3", f'"{"1" * 200_000}"'), ["line 2", "field limit"], id="endless-cell"
         ),
-        pytest.param(GOOD.replace("12", '1"2'), ["line 2", "'C'", "not a number"], id="quote"),
+        pytest.param(GOOD.replace("12", '1"2'), ["line 2", "'C'", "whole number"], id="quote"),
         pytest.param(GOOD.replace("12", '"1"2'), ["line 2", "cannot be read"], id="half-quoted"),
         pytest.param(GOOD.replace("12", '"1,234"'), ["'C'", "'1,234'"], id="thousands"),
         pytest.param(GOOD.replace("3,12", '"3,12"'), ["2 counts for 3"], id="two-in-quotes"),
-        pytest.param(GOOD.replace("s_1x1", '"s"_1x1'), ["line 2", "no spot id"], id="quoted-id"),
+        pytest.param(GOOD.replace("s_1x1", '"s"_1x1'), ["line 2", "spot id"], id="quoted-id"),
         pytest.param(GOOD.replace("12", "12,1"), ["4 counts for 3 genes"], id="too-many-cells"),
         pytest.param(GOOD.replace(",A,", "A,"), ["3 counts for 2 genes"], id="shifted-header"),
         pytest.param(GOOD.replace("1x2", "1x1"), ["'s_1x1'", "2 and 3"], id="duplicate-spot"),
@@ -206,11 +211,6 @@ def test_bad_tables_are_refused_by_name(table, text, parts):
     message = str(refused.value)
     for part in [SLIDE, path.name, *parts]:
         assert part in message
-
-
-def test_half_a_download_is_called_so(table):
-    with pytest.raises(DataError, match="half a download"):
-        counts.read_dense(table(GOOD[:-5]))
 
 
 @pytest.mark.parametrize("read", [counts.load, counts.read_dense])

@@ -73,17 +73,15 @@ def test_jpeg_equals_pillow_to_the_bit(put, options):
     assert np.array_equal(images.read(path), np.asarray(Image.open(path).convert("RGB")))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
-def test_grey_palette_bilevel_and_inks_become_rgb_as_in_pillow(put, kind, mode):
-    if (kind, mode) in {("PNG", "CMYK"), ("JPEG", "P"), ("JPEG", "1")}:
-        pytest.skip("the format has no such mode")
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "L"), ("JPEG", "L"), ("TIFF", "L"), ("PNG", "P"), ("PNG", "1")]
+)
+def test_grey_and_palette_become_rgb_as_in_pillow(put, kind, mode):
     path = put(Image.fromarray(picture()).convert(mode), kind)
     assert np.array_equal(images.read(path), np.asarray(Image.open(path).convert("RGB")))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("TIFF", "RGBA")])
 def test_transparent_pixels_become_white(put, kind, mode):
     image = Image.fromarray(picture(channels=4)).convert(mode)
     alpha = np.full((60, 90), 255, np.uint8)
@@ -124,30 +122,23 @@ def test_sixteen_bit_colour_tiff_keeps_its_upper_eight(tmp_path):
 def test_floating_point_tiff_is_refused(tmp_path):
     path = tmp_path / "a.png"
     tifffile.imwrite(path, np.zeros((8, 8), np.float32))
-    with pytest.raises(DataError, match=r"not supported.*float32.*Fix: save it as RGB"):
+    with pytest.raises(DataError, match=r"unsupported.*float32.*Fix: save it as RGB"):
         images.read(path)
 
 
 def test_tiff_of_five_channels_is_refused_as_no_picture(tmp_path):
     path = tmp_path / "a.png"
     tifffile.imwrite(path, picture(channels=5), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(DataError, match=r"not supported \(5 channel"):
+    with pytest.raises(DataError, match=r"unsupported kind of image \(5 channel"):
         images.read(path)
 
 
-def test_sixteen_bit_inks_which_pillow_misreads_are_refused(tmp_path):
-    path = tmp_path / "a.png"
-    tifffile.imwrite(path, picture(channels=1)[..., 0].astype(np.uint16), photometric="miniswhite")
-    with pytest.raises(DataError, match=r"not supported.*16-bit"):
-        images.read(path)
-
-
-@pytest.mark.parametrize("factor", [1, 257], ids=["8 bits", "16 bits"])
-def test_tiff_stored_colour_by_colour_is_put_together(tmp_path, factor):
-    path, planes = tmp_path / "a.png", picture().transpose(2, 0, 1)
-    planes = planes * np.uint16(factor) if factor > 1 else planes
-    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
-    assert np.array_equal(images.read(path), picture())
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("TIFF", "P"), ("TIFF", "1"), ("TIFF", "CMYK"), ("JPEG", "CMYK")]
+)
+def test_palettes_and_inks_are_refused(put, kind, mode):
+    with pytest.raises(DataError, match=r"unsupported.*Fix: save it as RGB"):
+        images.read(put(Image.fromarray(picture()).convert(mode), kind))
 
 
 def test_exif_orientation_is_not_applied_because_coordinates_count_stored_pixels(put):
@@ -252,7 +243,7 @@ def test_decompression_bomb_is_refused_before_decoding(put):
 
 
 def test_advice_for_a_large_png_is_not_to_shrink_it_which_decodes_it_whole(put):
-    with pytest.raises(DataError, match="Fix: store the image as a tiled TIFF") as refused:
+    with pytest.raises(DataError, match="Fix: save the image as a tiled TIFF") as refused:
         images.read(put(bomb(60_000, 60_000)), max_side=100)
     assert "max_side" not in str(refused.value)
 
@@ -345,7 +336,7 @@ def test_truncated_jpeg_is_refused_even_when_shrunk(put):
 
 BAD = {
     "html": (b"\n<!DOCTYPE html><html><body>404</body></html>", "web page"),
-    "zero bytes": (b"", "empty file"),
+    "zero bytes": (b"", "is empty"),
     "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
     "text": (b"hello", "not a PNG, JPEG or TIFF"),
     "gif": (b"GIF89a" + bytes(20), "not a PNG, JPEG or TIFF"),

@@ -213,6 +213,18 @@ def from_hub(
     return file
 
 
+def mistaken_for(start: bytes) -> str | None:
+    """Say what a file is, if its first bytes are those of a failed download; else return None."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not text:
+        return "is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page (HTML)"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer: fetch the file itself with `git lfs pull`"
+    return None
+
+
 def reachable(url: str) -> bool:
     """Say within seconds whether a host answers, where the hub's client would retry for long."""
     try:
