@@ -1,4 +1,4 @@
-"""Getting files here whole: one error type, checked downloads, a cache written atomically."""
+"""Complete files: one error type, checked downloads, and a cache that is written atomically."""
 
 import contextlib
 import errno
@@ -22,22 +22,23 @@ from tqdm.auto import tqdm
 logger = logging.getLogger(__name__)
 
 FIX = (
-    "point the environment variable STIMAGE_ROOT at a folder in the dataset's layout that has this "
-    "file, or connect to the internet so that it can be fetched from the Hugging Face hub"
+    "set the environment variable STIMAGE_ROOT to a folder in the dataset's layout that has this "
+    "file, or connect to the internet so that it can be fetched"
 )
+_SCRATCH = ".writing-"  # prefix of folders with unfinished files
 
 
 class DataError(ValueError):
-    """Data that cannot be used, said so that the reader can mend it.
+    """Data that cannot be used; the message says what is wrong, where, and how to fix it.
 
     Parameters
     ----------
     what
         What is wrong.
     slide, file
-        Where: the slide's official name and the file.
+        The slide's official name, and the file.
     fix
-        What to do about it.
+        How to fix it.
     """
 
     def __init__(
@@ -48,26 +49,24 @@ class DataError(ValueError):
         file: Path | None = None,
         fix: str | None = None,
     ) -> None:
-        where = ", ".join(
-            [f"slide {slide}"] * (slide is not None) + [f"file {file}"] * (file is not None)
-        )
-        super().__init__(
-            (f"{where}: " if where else "") + what + (f". Fix: {fix}." if fix else ".")
-        )
+        places = {"slide": slide, "file": file}
+        where = ", ".join(f"{kind} {name}" for kind, name in places.items() if name is not None)
+        message = f"{where}: {what}" if where else what
+        super().__init__(f"{message}. Fix: {fix}." if fix else f"{message}.")
         self.slide, self.file = slide, file
 
 
 def progress(*args: object, disable: bool = False, **options: object) -> tqdm:
     """Return a progress bar: a widget in a notebook, text elsewhere, nothing under TQDM_DISABLE.
 
-    Takes what tqdm takes, whose widgets alone do not look at TQDM_DISABLE.
+    Takes the arguments of tqdm, whose notebook widgets ignore TQDM_DISABLE.
     """
     off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     return tqdm(*args, disable=disable or off, **options)
 
 
 def cache_dir() -> Path:
-    """Return the folder for what the book computes: ``STIMAGE_CACHE``, else the user's cache."""
+    """Return the folder for computed files: ``STIMAGE_CACHE``, else the user's cache."""
     given = os.environ.get("STIMAGE_CACHE")
     folder = Path(os.path.expanduser(given)) if given else user_cache_path("stimage-book")
     return folder.absolute()
@@ -75,11 +74,10 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; move it to `path` only when all went well.
+    """Give a temporary path to write to, and move it to `path` if the block ends without an error.
 
-    Works for a file or a folder. A run that dies midway leaves `path` as it was, and what it leaves
-    beside it is swept away a day later. When another process has written the same folder meanwhile,
-    its result stays.
+    Works for a file or a folder. An interrupted run leaves `path` as it was; what it leaves next to
+    it is removed after a day. If another process writes the same folder first, its result is kept.
 
     Raises
     ------
@@ -92,7 +90,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     for old in path.parent.glob(f"{_SCRATCH}*"):
-        with contextlib.suppress(FileNotFoundError):  # its owner has just finished
+        with contextlib.suppress(FileNotFoundError):  # its process has just finished
             if time.time() - old.stat().st_mtime > 86_400:
                 shutil.rmtree(old, ignore_errors=True)
     temporary = scratch / path.name
@@ -111,14 +109,11 @@ def atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-_SCRATCH = ".writing-"  # begins the name of what is not finished yet
-
-
 def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(
         f"the cache cannot be written ({error.strerror})",
         file=folder,
-        fix="set STIMAGE_CACHE to a folder that you may write to and that has room",
+        fix="set STIMAGE_CACHE to a folder that is writable and has room",
     )
 
 
@@ -131,8 +126,8 @@ def sha256(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Return a short text that changes when the file does.
 
-    It stands for name, size, time of change, and 16 samples of 64 kB spread evenly from the first
-    byte to the last: the whole of a small file, but not of a large one.
+    It depends on name, size, modification time, and 16 samples of 64 kB spread evenly over the
+    file, which cover a small file completely.
     """
     stat, samples = path.stat(), hashlib.sha256()
     with path.open("rb") as file:
@@ -145,10 +140,9 @@ def fingerprint(path: Path) -> str:
 
 
 def digest(**settings: object) -> str:
-    """Return a short text that stands for the settings: the key of what was computed with them."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
+    """Return a short text that identifies settings, as a key for what is computed with them."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def from_hub(
@@ -168,9 +162,9 @@ def from_hub(
     repo_id, revision, filename, repo_type
         As in `huggingface_hub.hf_hub_download`.
     context
-        For the message: what needs the file, or where else it was looked for.
+        For the message: what needs the file, or where else it was searched for.
     fix
-        For the message: how to have the file without the hub.
+        For the message: how to get the file in another way.
     slide
         For the message: which slide needs the file.
 
@@ -226,7 +220,7 @@ def mistaken_for(start: bytes) -> str | None:
 
 
 def reachable(url: str) -> bool:
-    """Say within seconds whether a host answers, where the hub's client would retry for long."""
+    """Return whether a host answers, within seconds; the hub's client would retry for minutes."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
@@ -237,7 +231,7 @@ def reachable(url: str) -> bool:
 
 
 def fetch(url: str, sha256: str, slide: str | None = None) -> bytes:
-    """Read a small file from the web; refuse it when its SHA-256 is not the one given."""
+    """Read a small file from the web, and check its SHA-256."""
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             data = response.read()
@@ -247,7 +241,7 @@ def fetch(url: str, sha256: str, slide: str | None = None) -> bytes:
         raise DataError(
             f"the bytes of {url} do not match their pinned hash",
             slide=slide,
-            fix="try again; if it stays so, the file has changed: tell the authors of this book",
+            fix="try again; if the error persists, the file has changed: report it to the authors",
         )
     return data
 
@@ -260,7 +254,7 @@ def _verify_blob(file: Path, slide: str | None) -> None:
     elif re.fullmatch(r"[0-9a-f]{40}", blob.name):  # git's own hash: sha1 of a header and the bytes
         data = blob.read_bytes()
         actual = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    else:  # a file system without links: the hub's client compared the size, no more can be done
+    else:  # a file system without links: the hub's client has compared the size only
         return
     if actual != blob.name:
         blob.unlink()
