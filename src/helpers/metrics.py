@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from helpers.files import DataError
-from helpers.probing import check_rows
+from helpers.probing import check_features
 from helpers.slides import spot_table
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def spatial_leiden(
     if not 0 <= weight <= 1:
         raise DataError(f"a weight of {weight}", fix="give 0 (features alone) to 1 (tissue alone)")
     table = spot_table(spots)
-    check_rows(x, table)
+    check_features(x, table)
     features, tissue = _feature_graph(x, n_neighbors, seed), _tissue_graph(table, n_spatial)
     mixed = (1 - weight) * _even(features) + weight * _even(tissue)
     mixed.eliminate_zeros()
@@ -226,7 +226,7 @@ def separation(x: np.ndarray, spots: Spots, *, dim: int = 32, seed: int = 0) -> 
         ``"lower"``), `n`, `classes`, `dim`.
     """
     table, rows = spot_table(spots), []
-    x = pca_normalised(check_rows(x, table), dim, seed)
+    x = pca_normalised(check_features(x, table), dim, seed)
     for slide, at in table.groupby("slide", sort=False).indices.items():
         at = at[table["label"].iloc[at].notna()]
         label = table["label"].to_numpy()[at].astype(str)
