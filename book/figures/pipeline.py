@@ -13,27 +13,41 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the pipeline: its name, what it hands on, and where the book explains it."""
+    """One card: its modules, what they hand on, and where the book explains it."""
 
-    name: str
+    modules: tuple[str, ...]
     what: tuple[str, str]
     where: str
     link: str  # relative to the folder book/
 
 
 STAGES = (
-    Stage("catalog", ("which slides", "there are"), "dataset", "dataset.html"),
-    Stage("slides", ("one slide,", "checked"), "chapter 1", "../notebooks/01_loading.html"),
-    Stage("tiles", ("a picture", "per spot"), "chapter 2", "../notebooks/02_tiles.html"),
-    Stage("genes", ("a panel", "with names"), "chapter 3", "../notebooks/03_panels.html"),
-    Stage("towers", ("each input", "to a vector"), "chapter 6", "../notebooks/06_clip_plip.html"),
     Stage(
-        "contrast",
+        ("files", "catalog", "simulate"), ("which slides", "there are"), "dataset", "dataset.html"
+    ),
+    Stage(
+        ("images", "counts", "slides"),
+        ("one slide,", "checked"),
+        "chapter 1",
+        "../notebooks/01_loading.html",
+    ),
+    Stage(("tiles",), ("a picture", "per spot"), "chapter 2", "../notebooks/02_tiles.html"),
+    Stage(("genes",), ("a panel", "with names"), "chapter 3", "../notebooks/03_panels.html"),
+    Stage(
+        ("towers",), ("each input", "to a vector"), "chapter 6", "../notebooks/06_clip_plip.html"
+    ),
+    Stage(
+        ("contrast", "training"),
         ("pairs pulled", "together"),
         "chapters 5, 7",
         "../notebooks/05_contrastive.html",
     ),
-    Stage("evaluate", ("what it", "is worth"), "chapters 8-11", "../notebooks/08_probing.html"),
+    Stage(
+        ("splits", "probing", "metrics", "plots"),
+        ("what it", "is worth"),
+        "chapters 8-11",
+        "../notebooks/08_probing.html",
+    ),
 )
 
 # A page may set the variables (custom.css does, for dark and light); alone, the file is light.
@@ -64,50 +78,50 @@ def dot(x: float, y: float, radius: float, kind: str) -> str:
     return f'<circle class="pl-{kind}" cx="{x:g}" cy="{y:g}" r="{radius:g}"/>'
 
 
-def icon(name: str) -> str:
+def icon(modules: tuple[str, ...]) -> str:
     """Return the drawing of a stage inside a square of 40 x 40."""
-    if name == "catalog":  # a table of slides
+    if "catalog" in modules:  # a table of slides
         rows = [
             box(4, y, 7, 6, "b") + box(14, y, w, 6, "d")
             for y, w in ((6, 22), (15, 17), (24, 20), (33, 12))
         ]
         return "".join(rows)
-    if name == "slides":  # tissue with spots
+    if "slides" in modules:  # tissue with spots
         tissue = '<path class="pl-d" d="M6 22C3 10 14 2 24 4s15 11 12 20-12 14-20 12S8 29 6 22z"/>'
         spots = [(14, 12), (22, 11), (30, 15), (11, 20), (19, 20), (27, 22), (16, 29), (25, 30)]
         kinds = "bbabaacc"
         return tissue + "".join(dot(*p, 2.8, k) for p, k in zip(spots, kinds, strict=True))
-    if name == "tiles":  # little pictures in a grid
+    if "tiles" in modules:  # little pictures in a grid
         grid = [(x, y) for y in (3, 15, 27) for x in (3, 15, 27)]
         return "".join(
             box(x, y, 10, 10, "d", 1.5) + dot(x + 3 + i % 4, y + 4 + i % 3, 1.9, "ab"[i % 2])
             for i, (x, y) in enumerate(grid)
         )
-    if name == "genes":  # a heat map, one column named by the row of ticks above it
+    if "genes" in modules:  # a heat map, one column named by the row of ticks above it
         kinds = ("abdda", "dbbda", "adbcd", "ddacc")
         return "".join(
             box(3 + 7 * x, 10 + 7 * y, 6, 6, kind)
             for y, row in enumerate(kinds)
             for x, kind in enumerate(row)
         ) + "".join(box(5 + 7 * x, 3, 2, 5, "c") for x in range(5))
-    if name == "towers":  # two encoders side by side
+    if "towers" in modules:  # two encoders side by side
         return (
             '<path class="pl-b" d="M3 36V6l14 9v12z"/><path class="pl-c" d="M37 36V6l-14 9v12z"/>'
             + box(18, 15, 4, 12, "d")
         )
-    if name == "contrast":  # similarities of pairs: the diagonal shall win
+    if "contrast" in modules:  # similarities of pairs: the diagonal shall win
         return "".join(
             box(3 + 9 * x, 3 + 9 * y, 7.5, 7.5, "a" if x == y else "d")
             for x in range(4)
             for y in range(4)
         )
-    bars = ((5, 14, "d"), (14, 20, "c"), (23, 28, "a"), (32, 11, "b"))  # evaluate: scores
+    bars = ((5, 14, "d"), (14, 20, "c"), (23, 28, "a"), (32, 11, "b"))  # scores
     return "".join(box(x, 36 - h, 6, h, kind) for x, h, kind in bars) + box(3, 36, 36, 1.6, "a")
 
 
 def link(stage: Stage, body: str) -> str:
     """Wrap the drawing of a stage in its link."""
-    label = f"{stage.name}: {' '.join(stage.what)} ({stage.where})"
+    label = f"{', '.join(stage.modules)}: {' '.join(stage.what)} ({stage.where})"
     return f'<a class="pl-stage" href="{stage.link}" aria-label="{label}">{body}</a>'
 
 
@@ -134,18 +148,20 @@ def wide() -> str:
     for i, stage in enumerate(STAGES):
         x = 10 + step * i
         middle = x + width / 2
+        first = 104 - 8 * (len(stage.modules) - 1)  # names are centred, up to four lines
+        names = [text(middle, first + 16 * k, "name", m) for k, m in enumerate(stage.modules)]
         body = (
-            box(x, 12, width, 142, "card", 9)
-            + f'<g transform="translate({middle - 20:g} 22)">{icon(stage.name)}</g>'
-            + text(middle, 84, "name", stage.name)
-            + text(middle, 103, "what", stage.what[0])
-            + text(middle, 118, "what", stage.what[1])
-            + text(middle, 142, "where", stage.where)
+            box(x, 12, width, 184, "card", 9)
+            + f'<g transform="translate({middle - 20:g} 22)">{icon(stage.modules)}</g>'
+            + "".join(names)
+            + text(middle, 149, "what", stage.what[0])
+            + text(middle, 164, "what", stage.what[1])
+            + text(middle, 185, "where", stage.where)
         )
         parts.append(link(stage, body))
         if i:
-            parts.append(f'<path class="pl-arrow" d="M{x - 11:g} 83h8m-3.5-3.5l3.5 3.5-3.5 3.5"/>')
-    return document(20 + step * len(STAGES) - (step - width), 166, "wide", parts)
+            parts.append(f'<path class="pl-arrow" d="M{x - 11:g} 104h8m-3.5-3.5l3.5 3.5-3.5 3.5"/>')
+    return document(20 + step * len(STAGES) - (step - width), 208, "wide", parts)
 
 
 def tall() -> str:
@@ -156,10 +172,10 @@ def tall() -> str:
         y = 8 + step * i
         body = (
             box(8, y, width, height, "card", 9)
-            + f'<g transform="translate(18 {y + 9:g})">{icon(stage.name)}</g>'
-            + text(72, y + 25, "name", stage.name, "start")
+            + f'<g transform="translate(18 {y + 9:g})">{icon(stage.modules)}</g>'
+            + text(72, y + 25, "name", ", ".join(stage.modules), "start")
             + text(72, y + 44, "what", " ".join(stage.what), "start")
-            + text(326, y + 25, "where", stage.where, "end")
+            + text(326, y + 44, "where", stage.where, "end")
         )
         parts.append(link(stage, body))
         if i:

@@ -1,9 +1,11 @@
-"""What every chapter of the book repeats, one module per stage of the pipeline.
+"""What several chapters of the book use, one module per stage of the pipeline.
 
 ``files -> catalog -> (simulate, images, counts) -> slides -> tiles -> genes -> towers -> contrast
--> training`` leads from a raw slide to a trained model, and ``slides -> splits -> probing ->
-metrics`` to a verdict on features; ``plots`` draws both. Arrows go one way: no module imports a
-later one. Importing the package imports none of them, so a chapter pays only for what it uses.
+-> (splits, probing, metrics) -> training -> plots``
+
+Arrows go one way: a module imports only modules to its left, or before it in the same brackets.
+The package itself imports none of them, so a chapter loads only what it uses; `splits`, `probing`
+and `metrics` do not load torch.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Figures that the book draws more than once."""
+"""Figures that the book draws more than once, maps that show tiles, and measured results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -19,15 +18,14 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Rectangle
+from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 
 from helpers import images, slides
 from helpers.files import DataError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WIDTH = 7.0  # inches: the widest figure of the book, so that it reads on a page and a phone
 UNLABELLED = "#b0b0b0"
@@ -85,8 +83,6 @@ def scale_bar(
     colour
         Of the bar and its text.
     """
-    from matplotlib_scalebar.scalebar import ScaleBar
-
     ax.add_artist(
         ScaleBar(
             um_per_px,
@@ -112,11 +108,11 @@ def tissue(
     adata
         As `helpers.slides` loads it, with its image.
     slide
-        Its name; may be left out when `adata` holds one slide.
+        Its name; needed only when `adata` holds several slides.
     ax
         Where to draw; new axes when not given.
     alpha
-        Below 1 the image is paled, so that what is drawn over it stands out.
+        Below 1 the image is pale, so that what is drawn over it stands out.
     """
     slide = slide or next(iter(adata.uns["spatial"]))
     known = adata.uns["spatial"][slide]
@@ -124,9 +120,7 @@ def tissue(
     width, height = known["metadata"]["width_px"], known["metadata"]["height_px"]
     ax.imshow(known["images"]["hires"], extent=(0, width, height, 0), alpha=alpha)
     scale_bar(ax, slides.um_per_px(adata, slide))
-    ax.set(xticks=[], yticks=[])
-    sns.despine(ax=ax, left=True, bottom=True)
-    return ax
+    return _bare(ax)
 
 
 def spots(
@@ -157,7 +151,7 @@ def spots(
     legend, label
         Name the categories, or draw a colour bar with this label.
     zoom
-        Show the part of the slide that has spots, not all the glass around it.
+        Show only the part of the slide that has spots.
     """
     if isinstance(values, str):
         values = adata.obs[values] if values in adata.obs else adata.obs_vector(values)
@@ -176,7 +170,7 @@ def spots(
         face = scale.to_rgba(values)
         if legend:
             ax.figure.colorbar(scale, ax=ax, shrink=0.7, label=label)
-    look = {"edgecolor": "white", "linewidth": 0.4, "alpha": alpha}  # the edge parts it from tissue
+    look = {"edgecolor": "white", "linewidth": 0.4, "alpha": alpha}  # the edge sets spots apart
     for (x, y), colour in zip(adata.obsm["spatial"], face, strict=True):
         ax.add_patch(Circle((x, y), radius, facecolor=colour, **look))
     if zoom:
@@ -218,9 +212,7 @@ def close_up(
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     ax.imshow(images.read_region(slides.image_path(adata), (x, y, x + side, y + side)))
     scale_bar(ax, scale, length_um=round(side_um / 5))
-    ax.set(xticks=[], yticks=[])
-    sns.despine(ax=ax, left=True, bottom=True)
-    return ax
+    return _bare(ax)
 
 
 def tile(array: np.ndarray, side_um: float, *, ax: Axes | None = None, bar: bool = True) -> Axes:
@@ -241,6 +233,11 @@ def tile(array: np.ndarray, side_um: float, *, ax: Axes | None = None, bar: bool
     ax.imshow(array)
     if bar:
         scale_bar(ax, side_um / len(array))
+    return _bare(ax)
+
+
+def _bare(ax: Axes) -> Axes:
+    """Remove ticks and frame."""
     ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
@@ -284,9 +281,9 @@ def curves(history: pd.DataFrame, title: str = "") -> Figure:
 
 
 class Live:
-    """`curves`, drawn anew after every epoch: give it to `helpers.training.fit` as `on_epoch`.
+    """`curves`, drawn again after every epoch: give it to `helpers.training.fit` as `on_epoch`.
 
-    In a notebook the new figure takes the place of the old one, so that one is left in the end.
+    In a notebook the new figure replaces the old one, so a single figure is left in the end.
     """
 
     def __init__(self, title: str = "") -> None:
@@ -310,7 +307,7 @@ LIMIT = 1_500_000
 """Bytes of one figure: some hundred thousand are read at once, ten million make a page slow."""
 _TRIALS = ((48, 80), (48, 65), (32, 75), (32, 60), (16, 70))
 """Side in px and JPEG quality, the best first; JPEG's blocks of 16 px hold parts of one tile."""
-_SCALE = 9999  # places travel as whole numbers up to this
+_SCALE = 9999  # coordinates are stored as whole numbers up to this
 
 
 def hover_map(
@@ -328,49 +325,52 @@ def hover_map(
     Parameters
     ----------
     xy
-        Places of the points, ``(n, 2)``; drawn with equal axes.
+        Coordinates of the points, ``(n, 2)``; drawn with equal axes.
     tiles
         uint8 ``(n, size, size, 3)``; shrunk to 48 px, or further where the limit asks for it.
     text
-        What is said about each point; shown as it is, never read as HTML.
+        One text per point, shown as it is and never read as HTML.
     colours
         Of each point, as matplotlib knows them.
     title
-        Over the map, and what a screen reader says.
+        Shown over the map and read by a screen reader.
     legend
         Colours by name.
     limit
-        Bytes that the whole may have.
+        Largest size of the whole, in bytes.
 
     Raises
     ------
     DataError
-        When the numbers of places, tiles, texts and colours differ; a place is NaN; a colour is
-        none; or the tiles do not fit into `limit`.
+        When the numbers of points, tiles, texts and colours differ; a coordinate is NaN; a colour
+        is unknown; or the tiles do not fit into `limit`.
     """
-    xy, tiles = _checked(xy, tiles)
-    _same_number(len(xy), texts=text, colours=colours)
+    xy, tiles = _check_points(xy, tiles, texts=text, colours=colours)
     low, high = xy.min(axis=0), xy.max(axis=0)
     unit = float(max(high - low)) or 1.0
+    across = math.ceil(math.sqrt(len(xy)))  # tiles side by side in the sheet
     data = {
         "xy": np.rint((xy - low) / unit * _SCALE).astype(int).tolist(),
         "box": np.rint((high - low) / unit * _SCALE).astype(int).tolist(),
         "text": [str(t) for t in text],
         "colour": [_hex(c) for c in colours],
-        "across": _across(len(xy)),
+        "across": across,
     }
+    script = json.dumps(data, separators=(",", ":"))
+    for sign in "&<>":  # or a text could end the script it stands in
+        script = script.replace(sign, f"\\u{ord(sign):04x}")
     keys = "".join(
         f'<span><i style="background:{_hex(c)}"></i>{html.escape(str(name))}</span>'
         for name, c in (legend or {}).items()
     )
-    parts = {"TITLE": html.escape(title), "KEYS": keys, "DATA": _json(data), "SPRITES": ""}
+    parts = {"TITLE": html.escape(title), "KEYS": keys, "DATA": script, "SPRITES": ""}
     room = limit - len(_framed(parts))
     for size, quality in _TRIALS:
-        parts["SPRITES"] = _sprites(tiles, size, quality)
+        parts["SPRITES"] = _sprites(tiles, across, size, quality)
         if len(parts["SPRITES"]) <= room:
             return HTML(_framed(parts))
     what = f"{len(xy)} points and their tiles take more than the {limit:,} bytes of one figure"
-    raise DataError(what, fix="show fewer points, chosen at random for example")
+    raise DataError(what, fix="show fewer points, such as a random sample")
 
 
 def tile_map(
@@ -395,12 +395,7 @@ def tile_map(
     ax
         Where to draw; new axes when not given.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    xy, tiles = _checked(xy, tiles)
-    if colours is not None:
-        _same_number(len(xy), colours=colours)
+    xy, tiles = _check_points(xy, tiles, **({} if colours is None else {"colours": colours}))
     ax = ax or plt.subplots(figsize=(7, 6))[1]
     side = float(max(np.ptp(xy, axis=0))) / across or 1.0
     square = np.floor((xy - xy.min(axis=0)) / side).astype(int).clip(max=across - 1)
@@ -414,58 +409,48 @@ def tile_map(
             edge = {"fill": False, "edgecolor": colours[i], "linewidth": 2}
             ax.add_patch(Rectangle((x - r, y - r), 2 * r, 2 * r, **edge))
     (left, bottom), (right, top) = middle.min(axis=0) - 0.6 * side, middle.max(axis=0) + 0.6 * side
-    ax.set(xticks=[], yticks=[], aspect="equal", xlim=(left, right), ylim=(bottom, top))
-    for edge in ax.spines.values():
-        edge.set_visible(False)
+    ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
+    _bare(ax)
     if side_um:
         whole = int(side_um) if float(side_um).is_integer() else side_um
         scale_bar(ax, side_um / (0.84 * side), length_um=whole)
     return ax
 
 
-# --------------------------------------------------------------------------- what goes into a page
-
-
-def _checked(xy: np.ndarray, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_points(
+    xy: np.ndarray, tiles: np.ndarray, **per_point: Sequence
+) -> tuple[np.ndarray, np.ndarray]:
     xy, tiles = np.asarray(xy), np.asarray(tiles)
     if xy.ndim != 2 or xy.shape[1] != 2 or not len(xy) or xy.dtype.kind not in "fiu":
-        raise DataError(f"places are {xy.dtype} {xy.shape}", fix="give numbers (n, 2), n above 0")
+        what = f"the coordinates are {xy.dtype} {xy.shape}"
+        raise DataError(what, fix="give numbers of shape (n, 2), with n at least 1")
     if not np.isfinite(xy).all():
         bad = int((~np.isfinite(xy).all(axis=1)).argmax())
-        raise DataError(f"point {bad} has no place", fix="leave out points that are NaN")
+        raise DataError(f"the coordinates of point {bad} are NaN", fix="leave such points out")
     square = tiles.ndim == 4 and tiles.shape[1] == tiles.shape[2] and tiles.shape[3] == 3
     if not square or tiles.dtype != np.uint8:
-        what = f"tiles are {tiles.dtype} {tiles.shape}"
+        what = f"the tiles are {tiles.dtype} {tiles.shape}"
         raise DataError(what, fix="give uint8 (n, size, size, 3), as helpers.tiles cuts them")
-    _same_number(len(xy), tiles=tiles)
+    for name, values in {"tiles": tiles, **per_point}.items():
+        if isinstance(values, str) or len(values) != len(xy):
+            many = (
+                f"a single string as {name}" if isinstance(values, str) else f"{len(values)} {name}"
+            )
+            raise DataError(f"{many} for {len(xy)} points", fix=f"give {len(xy)}, row by row")
     return xy.astype(float), tiles
-
-
-def _same_number(n: int, **given: Sequence) -> None:
-    for name, values in given.items():
-        if isinstance(values, str) or len(values) != n:
-            many = "one for all" if isinstance(values, str) else len(values)
-            raise DataError(f"{many} {name} for {n} points", fix=f"give {n}, row by row")
 
 
 def _hex(colour: object) -> str:
     """Return a colour as #rrggbb, which can be nothing but a colour."""
-    from matplotlib.colors import to_hex
-
     try:
         return to_hex(colour)
     except ValueError as error:
-        raise DataError(f"{colour!r} is no colour", fix="as matplotlib knows them") from error
+        fix = "use a name or a value that matplotlib knows"
+        raise DataError(f"{colour!r} is not a valid colour", fix=fix) from error
 
 
-def _across(n: int) -> int:
-    """Return how many tiles lie side by side in the sheet."""
-    return math.ceil(math.sqrt(n))
-
-
-def _sprites(tiles: np.ndarray, size: int, quality: int) -> str:
+def _sprites(tiles: np.ndarray, across: int, size: int, quality: int) -> str:
     """Return all tiles in one JPEG, row by row, as an address that holds the picture itself."""
-    across = _across(len(tiles))
     sheet = Image.new("RGB", (across * size, math.ceil(len(tiles) / across) * size), "white")
     for i, tile in enumerate(tiles):
         small = Image.fromarray(tile).resize((size, size), Image.Resampling.LANCZOS)
@@ -475,14 +460,8 @@ def _sprites(tiles: np.ndarray, size: int, quality: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _json(data: object) -> str:
-    """Return JSON that cannot end the script it stands in."""
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 def _framed(parts: Mapping[str, str]) -> str:
-    """Return the whole as a frame that can run its own script and reach nothing of the page."""
+    """Fill in the page, and put it into a frame that runs its script and cannot reach outside."""
     inner = html.escape(
         re.sub(r"@([A-Z]+)@", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))
     )
@@ -496,7 +475,7 @@ def _framed(parts: Mapping[str, str]) -> str:
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "results"
-"""In a clone of the repository; not there where the package alone is installed, as in Colab."""
+"""In a clone of the repository; missing where only the package is installed, as in Colab."""
 
 
 def measured(
@@ -507,8 +486,7 @@ def measured(
     Parameters
     ----------
     name
-        The file, such as ``"ladder.json"``: a report with `measured`, `commit`, `machine` and a
-        list of `rows`.
+        The file, such as ``"ladder.json"``, with `measured`, `commit`, `machine` and `rows`.
     folder
         Where to look; `FOLDER` when None.
     wanted
@@ -517,9 +495,9 @@ def measured(
     Returns
     -------
     DataFrame
-        Without a row where the file is not here, or nothing that was asked for was measured.
+        Empty where the file is missing or has no such rows.
     str
-        To be shown beside it: these figures are of another run.
+        To show beside it: commit, machine and day of the run that these figures come from.
 
     Raises
     ------

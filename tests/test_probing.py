@@ -1,35 +1,44 @@
-"""Probes: they learn from the training part alone, and are at chance where nothing can be told."""
+"""Probes learn from training alone; scores are those of scikit-learn, with honest intervals."""
 
 import logging
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_spots import SCALES, SLIDES, shuffled, spots, telling
 from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression, SGDClassifier
-from sklearn.metrics import f1_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 
-from helpers import probing
+from helpers import metrics, probing
 from helpers.files import DataError
 from helpers.probing import (
-    ALPHAS,
     PENALTIES,
+    confusion,
     coordinates,
+    difference,
     logistic,
     logistic_path,
     majority,
-    paper_protocol,
+    measure,
     predict,
     score,
     spatial_neighbours,
 )
 from helpers.splits import Fold, Splits, ladder, left_out, random_spots
 
+HERE = Path(__file__).parent
 quick = partial(logistic, alphas=(1.0, 0.01))
 RUNGS = ["random spots", "spatial blocks", "left-out section", "left-out donor"]
 
@@ -123,7 +132,7 @@ def test_the_penalty_is_chosen_inside_training_and_used():
             truth, said = [], []
             for name in sorted(set(donor)):
                 train, held = fold.train[donor != name], fold.train[donor == name]
-                ((_, model),) = logistic_path(x[train], y[train], [alpha])
+                model = logistic_path(x[train], y[train], [alpha])[alpha]
                 truth.extend(y[held])
                 said.extend(model.predict(x[held]))
             inner[alpha] = f1_score(truth, said, average="macro")
@@ -215,11 +224,14 @@ def test_a_classifier_of_scikit_learn_is_a_predictor():
     np.testing.assert_array_equal(ours["predicted"], theirs)
     dummy = predict(x, splits, DummyClassifier(strategy="most_frequent"))
     assert found(dummy) == pytest.approx(1 / 3)
+    never_in_doubt = predict(x, splits, LinearSVC())  # it has no predict_proba
+    assert set(never_in_doubt["confidence"]) == {1}
+    assert found(never_in_doubt) > 0.5
 
 
 def test_the_path_ends_where_a_fresh_start_does():
     x, y = telling(spots(), d=20), spots()["label"].to_numpy()
-    for alpha, model in logistic_path(x, y, ALPHAS):
+    for alpha, model in logistic_path(x, y, PENALTIES).items():
         np.testing.assert_allclose(model[0].mean_, x.mean(axis=0), atol=1e-6)
         np.testing.assert_allclose(model[0].scale_, x.std(axis=0), rtol=1e-5)
         fresh = LogisticRegression(C=1 / (alpha * len(x)), class_weight="balanced", tol=1e-8,
@@ -242,34 +254,6 @@ def test_classes_are_balanced():
         predicted = predict(telling(table), random_spots(table), predictor).set_index("spot")
         share[name] = (predicted.loc[rare, "predicted"] == "inner").mean()
     assert share["balanced"] > share["plain"] + 0.2
-
-
-# --------------------------------------------------------------------------- the paper_protocol
-
-
-def test_the_paper_protocol_by_hand():
-    table, x = spots(), telling(spots())
-    rows = paper_protocol(x, table, seeds=[3])
-    order = np.random.default_rng(3).permutation(len(table))
-    train, validation, test = np.split(order, [int(0.8 * 486), int(0.9 * 486)])
-    y = table["label"].to_numpy()
-    best = (-1.0,)
-    for alpha in ALPHAS:
-        model = SGDClassifier(loss="log_loss", alpha=alpha, class_weight="balanced",
-                              max_iter=10_000, random_state=3).fit(x[train], y[train])  # fmt: skip
-        seen = f1_score(y[validation], model.predict(x[validation]), average="macro")
-        asked = f1_score(y[test], model.predict(x[test]), average="macro")
-        best = max(best, (seen, alpha, asked), key=lambda one: one[0])
-    row = rows[(rows["part"] == "test") & (rows["measure"] == "macro_f1")].iloc[0]
-    assert (row["alpha"], row["value"]) == (best[1], pytest.approx(best[2]))
-
-
-def test_the_paper_protocol_gives_a_tidy_table():
-    rows = paper_protocol(telling(spots()), spots(), path=logistic_path)
-    assert len(rows) == 5 * 2 * 2
-    assert rows.groupby("seed")["alpha"].nunique().eq(1).all()
-    assert rows["value"].between(0, 1).all()
-    assert rows.groupby("seed")["value"].first().nunique() > 1  # five splits, not one
 
 
 # --------------------------------------------------------------------------- baselines
@@ -311,42 +295,38 @@ def test_neighbours_of_another_slide_have_no_vote():
 # --------------------------------------------------------------------------- trouble
 
 
-def test_a_donor_with_no_labels_is_passed_over(caplog):
+def test_a_donor_without_labels_is_skipped(caplog):
     table = spots()
     table.loc[table["donor"] == "B", "label"] = None
     predictions = predict(telling(spots()), left_out(table, um_per_px=SCALES), quick)
     assert set(predictions["fold"]) == {"A", "C"}
-    assert "1 folds have no labels on both sides: ['B']" in caplog.text
+    assert "1 folds lack labels in training or test: ['B']" in caplog.text
 
 
 def test_labels_of_one_donor_alone_cannot_be_probed_across_donors():
     table = spots()
     table.loc[table["donor"] != "B", "label"] = None
-    with pytest.raises(DataError, match="no fold of left-out donor has labels on both sides"):
+    with pytest.raises(DataError, match="every fold of left-out donor lacks labels"):
         predict(telling(spots()), left_out(table))
 
 
 def test_one_class_only_is_refused():
     table = spots().assign(label="outer")
-    for call in (
-        lambda: predict(telling(spots()), left_out(table)),
-        lambda: paper_protocol(telling(spots()), table),
-    ):
-        with pytest.raises(DataError, match=r"1 class \['outer'\]: there is nothing to tell apart"):
-            call()
-    with pytest.raises(DataError, match="0 classes"):
+    with pytest.raises(DataError, match=r"at least two classes, and the labels are \['outer'\]"):
+        predict(telling(spots()), left_out(table))
+    with pytest.raises(DataError, match=r"the labels are \[\]"):
         predict(telling(spots()), left_out(table.assign(label=None)))
 
 
 def test_training_with_one_class_predicts_it(caplog):
     table = spots(slides={"A1": ("A", "A"), "B1": ("B", "B")})
     table.loc[table["donor"] == "A", "label"] = "outer"
-    with pytest.raises(DataError, match="give um_per_px, to left_out too"):
+    with pytest.raises(DataError, match="give um_per_px"):
         predict(telling(table), left_out(table))
     predictions = predict(telling(table), left_out(table, um_per_px=SCALES))
     of_b = predictions[predictions["fold"] == "B"]
     assert set(of_b["predicted"]) == {"outer"}
-    assert "fold B: all of training is 'outer'" in caplog.text
+    assert "fold B: training holds one class, 'outer'" in caplog.text
 
 
 def test_training_too_small_to_be_split(caplog):
@@ -354,7 +334,7 @@ def test_training_too_small_to_be_split(caplog):
     table = spots(side=3, slides={"A1": ("A", "A"), "B1": ("B", "B")})
     predictions = predict(telling(table), left_out(table, um_per_px=SCALES))
     assert set(predictions["setting"]) == {1.0}
-    assert "cannot be split to choose a penalty: it is 1, the middle" in caplog.text
+    assert "too small to be split to choose a penalty: the middle one, 1, is used" in caplog.text
 
 
 def test_a_class_in_one_fold_only_counts_as_wrong():
@@ -392,7 +372,7 @@ def test_nan_features_are_refused(bad):
     x[100, 3] = bad
     with pytest.raises(
         DataError,
-        match="slide A2: the features of 1 spots are NaN or infinite, the first is spot A2_1x2",
+        match="slide A2: the features of 1 of 486 spots are NaN or infinite, first spot A2_1x2",
     ):
         predict(x, left_out(spots()))
     with pytest.raises(DataError, match="spot A2_1x2"):
@@ -407,13 +387,209 @@ def test_rows_that_do_not_match_are_refused():
         predict(x[:, 0], left_out(spots()))
     named = pd.DataFrame(x, index=spots().index)
     predict(named, left_out(spots()), majority)
-    with pytest.raises(DataError, match="named otherwise"):
+    with pytest.raises(DataError, match="the row names of the features differ"):
         predict(named.iloc[::-1], left_out(spots()), majority)
 
 
-def test_too_few_labels_for_the_paper_protocol():
+# --------------------------------------------------------------------------- scores
+
+
+def made(
+    clusters: int = 12, each: int = 25, luck: float = 0.3, seed: int = 0, right: float = 0.6
+) -> pd.DataFrame:
+    """Predictions that are right more often in some clusters: `luck` is how unequal they are."""
+    rng = np.random.default_rng(seed)
+    rate = np.clip(right + luck * rng.normal(size=clusters), 0, 1).repeat(each)
+    n = clusters * each
+    truth = rng.choice(["a", "b", "c"], n)
+    hit = rng.uniform(size=n) < rate
+    table = pd.DataFrame({"truth": truth, "predicted": np.where(hit, truth, "a")})
+    block = np.arange(clusters).repeat(each)
+    return table.assign(slide="s", spot=[f"s{i}" for i in range(n)], block=block,
+                        donor=block % 3, fold=block % 4, confidence=0.5)  # fmt: skip
+
+
+labels = st.lists(st.sampled_from("abcd"), min_size=3, max_size=40)
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=40, deadline=None)
+@given(labels, labels)
+def test_the_measures_are_those_of_scikit_learn(truth, predicted):
+    n = min(len(truth), len(predicted))
+    truth, predicted = np.array(truth[:n]), np.array(predicted[:n])
+    found = measure(confusion(truth, predicted))
+    there = np.unique(truth)
+    expected = f1_score(truth, predicted, labels=there, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected)
+    if set(predicted) <= set(truth):
+        assert found["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+        expected = balanced_accuracy_score(truth, predicted)
+        assert found["balanced_accuracy"] == pytest.approx(expected)
+
+
+def test_counts_by_cluster_add_up():
+    table = made()
+    parts = confusion(*(table[c].to_numpy() for c in ("truth", "predicted", "block")))
+    whole = confusion(table["truth"].to_numpy(), table["predicted"].to_numpy())
+    assert parts.shape == (12, 3, 3)
+    np.testing.assert_array_equal(parts.sum(0), whole)
+
+
+def test_the_bootstrap_is_the_one_that_repeats_rows():
+    """Against the slow way: draw clusters, repeat their rows, ask scikit-learn."""
+    table = made(clusters=5, each=8)
+    fast = score(table, n_boot=60, seed=7)
+    rng, slow = np.random.default_rng(7), []
+    for counts in rng.multinomial(5, np.full(5, 0.2), 60):
+        rows = table.loc[table.index.repeat(counts[table["block"]])]
+        there = np.unique(rows["truth"])
+        slow.append(f1_score(rows["truth"], rows["predicted"], labels=there, average="macro"))
+    low, high = np.quantile(slow, [0.025, 0.975])
+    assert fast["low"][0] == pytest.approx(low)
+    assert fast["high"][0] == pytest.approx(high)
+
+
+def test_an_interval_over_spots_would_be_too_narrow():
+    table = made(clusters=20, each=50)
+    wide = score(table)
+    narrow = score(table.assign(block=np.arange(len(table))))
+    assert (wide["high"] - wide["low"])[0] > 2 * (narrow["high"] - narrow["low"])[0]
+
+
+def test_the_interval_covers_the_truth():
+    """With 20 clusters, about 19 of 20 intervals hold the score of all clusters there could be."""
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(100):
+        rate = rng.uniform(0.4, 0.8, 20).repeat(30)
+        truth = rng.choice(["a", "b"], 600)
+        other = np.where(truth == "a", "b", "a")
+        said = np.where(rng.uniform(size=600) < rate, truth, other)
+        block = np.arange(20).repeat(30)
+        rows = score(pd.DataFrame({"truth": truth, "predicted": said, "block": block}), seed=seed,
+                     n_boot=400)  # fmt: skip
+        held += rows["low"][1] <= 0.6 <= rows["high"][1]  # balanced accuracy is the mean rate
+    assert 85 <= held <= 99
+
+
+def test_a_tidy_table():
+    table = score(made(), each="fold")
+    assert list(table) == ["fold", "measure", "value", "low", "high", "n", "classes", "over",
+                           "clusters"]  # fmt: skip
+    assert len(table) == 4 * 2
+    one = made()
+    one = one[one["fold"] == 2]
+    np.testing.assert_allclose(table[table["fold"] == 2]["value"], score(one)["value"])
+
+
+def test_the_level_and_the_seed_of_an_interval():
+    table = made()
+    wide, narrow = score(table, level=0.99), score(table, level=0.5)
+    assert (wide["low"] < narrow["low"]).all()
+    assert (narrow["high"] < wide["high"]).all()
+    pd.testing.assert_frame_equal(score(table, seed=3), score(table, seed=3))
+    assert (score(table, seed=3)["low"] != score(table, seed=4)["low"]).any()
+
+
+def test_a_single_cluster_has_no_interval():
+    table = score(made().assign(donor="A"), over="donor")
+    assert table["low"].isna().all()
+    assert table["high"].isna().all()
+    assert table["clusters"].tolist() == [1, 1]
+
+
+def test_a_difference_is_paired():
+    """What both have in common cancels: the interval of a difference is far narrower."""
+    first = made(clusters=20, each=50)
+    second = first.copy()
+    worse = np.random.default_rng(1).uniform(size=len(second)) < 0.05
+    second.loc[worse, "predicted"] = "a"
+    gap = difference(first, second)
+    alone = score(first)
+    assert gap["low"][0] > 0
+    assert (gap["high"] - gap["low"])[0] < (alone["high"] - alone["low"])[0] / 3
+    np.testing.assert_allclose(gap["value"], gap["first"] - gap["second"])
+    np.testing.assert_allclose(gap["first"], alone["value"])
+
+
+def test_a_difference_joins_by_spot_whatever_the_order():
+    first, second = made(seed=0), made(seed=1)
+    second["truth"] = first["truth"]
+    mixed = second.sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(difference(first, second), difference(first, mixed))
+    half = difference(first, second.iloc[:150])
+    assert half["n"].tolist() == [150, 150]
+    np.testing.assert_allclose(half["first"], score(first.iloc[:150])["value"])
+
+
+def test_a_difference_of_nothing_is_nothing():
+    same = difference(made(), made())
+    assert (same[["value", "low", "high"]] == 0).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: score(t, "patient"), r"lacks the columns \['patient'\]"),
+        (lambda t: score(t.iloc[:0]), "the table of predictions is empty"),
+        (lambda t: difference(t, pd.concat([t, t])), "duplicate spot id"),
+        (lambda t: difference(t, t.assign(slide="other")), "share no spot"),
+        (lambda t: difference(t, t.assign(truth="z")), "different truths"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(call, message):
+    with pytest.raises(DataError, match=message):
+        call(made())
+
+
+# --------------------------------------------------------------------------- the whole way
+
+
+def whole() -> str:
+    """Everything that sorts, draws or hashes, as text."""
+    table = spots().assign(label=lambda t: t["label"].astype("category"))
+    x, rungs = telling(table), ladder(table, SCALES, together=True)
+    quick = partial(logistic, alphas=(1.0, 0.1))
+    found = [predict(x, rungs[name], quick) for name in ("random spots", "left-out donor")]
+    tables = [
+        *found,
+        difference(*found, over="donor"),
+        metrics.mixing(x, table["donor"], table["label"]),
+        pd.DataFrame(metrics.kmeans(x, 4)),
+    ]
+    names = [fold.name for rung in rungs.values() for fold in rung.folds]
+    return "\n".join([*names, *(one.to_csv() for one in tables)])
+
+
+def test_another_process_finds_the_same():
+    """The order of sets and hashes has no say (the published splits differ in each process)."""
+    path = [str(HERE), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    environment = os.environ | {"PYTHONHASHSEED": other, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", "from test_probing import whole; print(whole())"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == whole().strip()
+    assert len(done.stdout) > 10_000
+
+
+def test_a_leak_through_neighbours_is_named_in_numbers():
+    """Features that know only where a spot lies on its own slide: near others they seem to see."""
     table = spots()
-    table.iloc[9:, table.columns.get_loc("label")] = None
-    table.iloc[0, table.columns.get_loc("label")] = "outer"
-    with pytest.raises(DataError, match="9 labelled spots cannot be split"):
-        paper_protocol(telling(spots()), table)
+    rng = np.random.default_rng(0)
+    table["label"] = np.concatenate(
+        [
+            np.roll(part.to_numpy(), 27 * i)
+            for i, (_, part) in enumerate(table.groupby("slide")["label"])
+        ]
+    )  # each slide has its layers at another height
+    slide = np.unique(table["slide"], return_inverse=True)[1]
+    place = np.eye(54)[slide * 9 + (table["y_px"] / 100).astype(int)]
+    x = place + 0.01 * rng.normal(size=place.shape)
+    rungs = ladder(table, SCALES, together=True)
+    quick = partial(logistic, alphas=(0.1, 0.001))
+    random = predict(x, rungs["random spots"], quick)
+    donor = predict(x, rungs["left-out donor"], quick)
+    assert score(random)["value"][1] > 0.9
+    gap = difference(random, donor, over="block").iloc[1]
+    assert gap["low"] > 0.3
+    assert gap["second"] == pytest.approx(1 / 3, abs=0.15)
