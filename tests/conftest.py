@@ -41,12 +41,12 @@ def real_root() -> Path:
 def run_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every chapter on `demo`, as `make book` does, and return the folder of the results.
 
-    The tests of the notebooks and those of the pages look at this one run.
-    Where a chapter ends, its checks are asked about wrong answers (tests/wrong_answers/judge.py).
+    The tests of the notebooks and those of the pages look at this one run. Chapters that have run
+    before and have not changed are copied. At the end of each chapter, its checks are asked about
+    wrong answers (tests/wrong_answers/judge.py).
     """
     out = tmp_path_factory.mktemp("run") / "notebooks"
     command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
-    command += ["--also", ROOT / "tests" / "wrong_answers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

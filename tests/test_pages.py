@@ -1,8 +1,7 @@
-"""The built pages: complete, whole without a network, readable on a phone.
+"""The built pages: complete, working without a network, readable on a phone.
 
-Which pages: the folders that the environment variable BOOK_HTML names (several with the path
-separator of the system); without it, every study below ``_build`` whose pages are newer than all
-they were made from; without any such, the pages of `demo`, built for this test.
+Without more, these are pages of `demo` that are built for this test. The environment variable
+BOOK_HTML names folders of other pages (several with the path separator of the system).
 """
 
 from __future__ import annotations
@@ -61,37 +60,11 @@ NAMES = list(pages_in_toc(TOC))
 CHAPTERS = [name for name in NAMES if name.startswith("notebooks/")]
 
 
-def fits(record: Path, study: str) -> bool:
-    """True when a record of a run belongs to the present notebooks and helpers."""
-    ran = json.loads(record.read_text(encoding="utf-8"))
-    return not build_book.refusals(ran, TOC, ROOT, study)
-
-
-def fresh_builds() -> list[Path]:
-    """Pages below ``_build`` that are newer than all they were made from."""
-    sources = [ROOT / "_config.yml", ROOT / "_toc.yml"]
-    sources += [Path(module.__file__) for module in (build_book, dataset_page, study_pages)]
-    sources += [p for p in (ROOT / "book").rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    newest = max(path.stat().st_mtime for path in sources)
-    found = []
-    for record in sorted((ROOT / "_build").glob("*/notebooks/run.json")):
-        index = record.parent.parent / "html" / "index.html"
-        if (
-            index.exists()
-            and index.stat().st_mtime > max(newest, record.stat().st_mtime)
-            and fits(record, record.parent.parent.name)
-        ):
-            found.append(index.parent)
-    return found
-
-
 @pytest.fixture(scope="session")
 def books(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of built pages that this run of the tests looks at."""
     if named := os.environ.get("BOOK_HTML"):
         return [Path(folder).resolve() for folder in named.split(os.pathsep)]
-    if fresh := fresh_builds():
-        return fresh
     out = tmp_path_factory.mktemp("book") / "demo"
     executed = request.getfixturevalue("run_of_demo")  # minutes, so only where it is needed
     build_book.stage(ROOT, executed, out / "source", "demo")
