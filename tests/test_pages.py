@@ -29,9 +29,8 @@ from conftest import missing
 
 import build_book
 import chapter_pages
-import dataset_page
+import computed_pages
 import repository
-import study_pages
 from helpers import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,8 +200,8 @@ def test_every_reference_can_be_followed() -> None:
 
 
 def test_no_total_is_typed_into_a_page() -> None:
-    facts = json.loads(dataset_page.STORED.read_text(encoding="utf-8"))["facts"]
-    typed = dataset_page.words(facts)
+    facts = json.loads(computed_pages.STORED.read_text(encoding="utf-8"))["facts"]
+    typed = computed_pages.dataset_values(facts)
     numbers = [typed[k] for k in ("n_slides", "n_spots", "genes_min", "genes_max", "hd_share")]
     for path in sorted((ROOT / "book").glob("*.md")):
         text = path.read_text(encoding="utf-8")
@@ -341,7 +340,7 @@ def test_every_study_has_its_page(books: list[Path]) -> None:
                 assert [image["src"] for image in pictures] == wanted
             assert len(pictures) == 1 or "there is no picture here" in text
             sizes = [(path.parent / image["src"]).stat().st_size for image in pictures]
-            assert all(size < study_pages.LARGEST for size in sizes)
+            assert all(size < computed_pages.LARGEST for size in sizes)
 
 
 def test_the_zip_is_the_book(books: list[Path], tmp_path: Path) -> None:
@@ -388,7 +387,7 @@ def test_a_chapter_that_is_broken_is_noticed(books: list[Path], what: str) -> No
 
 
 def test_the_dataset_page_shows_the_totals(books: list[Path]) -> None:
-    facts = json.loads(dataset_page.STORED.read_text(encoding="utf-8"))["facts"]
+    facts = json.loads(computed_pages.STORED.read_text(encoding="utf-8"))["facts"]
     for book in books:
         text = page_checks.soup((book / "book/dataset.html").read_text("utf-8")).get_text(" ")
         assert f"{facts['slides']:,} slides" in text

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import probe
 import pytest
 from local_web import Answer, hub_file, web
-
-import probe
-from helpers import catalog
 from probe import Finding
+
+from helpers import catalog
 
 # --------------------------------------------------------------------------- links
 
