@@ -1,7 +1,7 @@
-# Everything runs in .venv, which `make` fills by itself; `make` alone lists the targets.
+# Everything runs in .venv, which `make` fills first; `make` alone lists the targets.
 STUDY ?= demo
 STIMAGE_CACHE ?= $(CURDIR)/.cache
-# Threads that spin for long while they wait slow training down 8 times on a busy machine.
+# Threads that spin for long while they wait make training 8 times slower on a busy machine.
 GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python

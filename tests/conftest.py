@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,15 @@ REAL_ROOT = Path(os.environ.get("STIMAGE_ROOT") or BESIDE)  # read before tests 
 def missing(what: str) -> NoReturn:
     """Skip a test for want of something; fail it in CI, where a green job means it ran."""
     (pytest.fail if os.environ.get("STIMAGE_CI") else pytest.skip)(what)
+
+
+def until(found: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Ask again and again until the answer is true, and return it; a busy machine is slow."""
+    latest = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < latest, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.05)
+    return answer
 
 
 @pytest.fixture(scope="session")

@@ -252,7 +252,7 @@ def test_only_main_is_published_and_only_whole() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text(encoding="utf-8"))
     assert workflow[True]["push"] == {"branches": ["main"]}  # YAML reads the key `on` as true
     steps = [step.get("run") for step in workflow["jobs"]["build"]["steps"]]
-    assert [s for s in steps if s] == ["make test", "make book"]
+    assert [s for s in steps if s] == ["make book", "make test"]
     assert workflow["jobs"]["deploy"]["needs"] == "build"
 
 

@@ -406,6 +406,11 @@ FORMULAS = (
     " document.querySelectorAll('mjx-merror, [data-mjx-error]').length]; })()"
 )
 THEME = "document.documentElement.dataset.theme"
+# What scrolls can be reached with the Tab key, and nothing else among what may scroll.
+SCROLLING_IS_KNOWN = """() => [...document.querySelectorAll(
+    'pre, .nboutput > .output_area, .cell_output > .output, .jp-RenderedHTMLCommon'
+  )].every(e => (e.tabIndex === 0)
+    === (e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight))"""
 
 
 @dataclass
@@ -433,7 +438,7 @@ def visit(one: Tab, page: Path) -> Visit:
     one.page.wait_for_function(f"{THEME} === 'dark'")
     found["dark"] = one.axe(["color-contrast"])
     one.page.set_viewport_size({"width": PHONE, "height": 844})
-    one.page.wait_for_timeout(500)  # the theme looks for what scrolls now after 300 ms
+    one.page.wait_for_function(SCROLLING_IS_KNOWN)  # the theme looks again after 300 ms
     found["phone"] = one.axe(WCAG, without=["color-contrast"])
     wide = one.page.evaluate(WIDER)
     return Visit(list(one.outside), list(one.failed), list(one.errors), formulas, wide, found)

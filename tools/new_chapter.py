@@ -21,7 +21,7 @@ notebooks/{name}.ipynb follows every rule and runs. It is now the last chapter i
 wrong answers in tests/wrong_answers/{name}.py, and a row and a section in book/teaching.md.
 Next:
 - write it in JupyterLab: make lab, then the folder notebooks
-- run it alone: .venv/bin/python tools/run_notebooks.py {number} --also tests/wrong_answers
+- run it alone: .venv/bin/python tools/run_notebooks.py {number}
 - before a commit: .venv/bin/python tools/notebooks.py strip, then the same with check
 - name it in book/welcome.md and at the end of the chapter before it
 - fill its section of book/teaching.md, and update the minutes in the table there

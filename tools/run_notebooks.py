@@ -3,10 +3,10 @@
 ``run.json`` in that folder records what ran, from which sources, how long and with how much memory.
 ``tools/build_book.py`` builds pages only from a record that still fits the sources.
 
-A chapter that has run is kept in _build/chapters and taken from there until something it depends on
-changes. A run that stopped at chapter 7 therefore resumes at chapter 7; ``--fresh`` runs everything.
+A chapter that has run is kept in _build/chapters and taken from there until something it depends
+on changes. A run that stopped at chapter 7 therefore resumes there; ``--fresh`` runs everything.
 
-``--also FOLDER`` runs the code of that folder in each chapter's kernel, after its last cell. On demo
+``--also FOLDER`` runs the code of a folder in each chapter's kernel, after its last cell. On demo,
 it is tests/wrong_answers, which asks the checks of the exercises about wrong answers.
 """
 

@@ -22,7 +22,9 @@ import yaml
 import notebooks as nbs
 from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
-from run_notebooks import RECORD, ROOT, chapters
+from notebooks import ROOT
+from run_chapter import RECORD
+from run_notebooks import chapters
 
 COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
