@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import until
 
+import anatomy
 import build_book
 import check_environment
 import notebooks as nbs
@@ -74,10 +75,10 @@ def test_strip_removes_what_an_editor_leaves(tmp_path: Path) -> None:
             cell["execution_count"] = 7
             cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
     nbs.write(notebook, tmp_path / "01_small.ipynb")
-    assert nbs.main(["check", str(tmp_path / "01_small.ipynb")]) == 1
-    assert nbs.main(["strip", str(tmp_path / "01_small.ipynb")]) == 0
+    assert anatomy.main(["check", str(tmp_path / "01_small.ipynb")]) == 1
+    assert anatomy.main(["strip", str(tmp_path / "01_small.ipynb")]) == 0
     assert nbs.read(tmp_path / "01_small.ipynb") == chapter()
-    assert nbs.main(["check", str(tmp_path / "01_small.ipynb")]) == 0
+    assert anatomy.main(["check", str(tmp_path / "01_small.ipynb")]) == 0
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The anatomy of a chapter: one rule per function.
+"""The anatomy of a chapter, one rule per function; as a script: strip or check the chapters.
 
 A rule takes a notebook and the file's name without suffix, and yields problems that name the cell.
 ``tests/test_notebooks.py`` applies the rules to every chapter, and checks that each rule notices a
@@ -7,9 +7,12 @@ chapter that breaks it.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import notebooks as nbs
 import repository
@@ -67,16 +70,16 @@ def valid(notebook: Notebook, _: str) -> Problems:
         f"cell id {i} is used twice" for i in sorted({str(i) for i in ids if ids.count(i) > 1})
     )
     if notebook["metadata"] != {"kernelspec": nbs.KERNEL}:
-        yield "metadata other than the plain python3 kernelspec: run tools/notebooks.py strip"
+        yield "metadata other than the plain python3 kernelspec: run tools/anatomy.py strip"
 
 
 def stripped(notebook: Notebook, _: str) -> Problems:
     """No outputs, counts or editor metadata in the repository."""
     for cell in notebook["cells"]:
         if cell.get("outputs") or cell.get("execution_count") is not None:
-            yield f"{nbs.name(cell)} carries outputs or a count: run tools/notebooks.py strip"
+            yield f"{nbs.name(cell)} carries outputs or a count: run tools/anatomy.py strip"
         if extra := set(cell["metadata"]) - nbs.CELL_METADATA:
-            yield f"{nbs.name(cell)} carries metadata {sorted(extra)}: run tools/notebooks.py strip"
+            yield f"{nbs.name(cell)} carries metadata {sorted(extra)}: run tools/anatomy.py strip"
 
 
 def title(notebook: Notebook, name: str) -> Problems:
@@ -331,3 +334,24 @@ def problems(notebook: Notebook, name: str) -> list[str]:
     ``name`` is the file's name without suffix, as ``01_loading``.
     """
     return [f"{rule.__name__}: {found}" for rule in RULES for found in rule(notebook, name)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Strip notebooks in place, or check them; return the exit status."""
+    parser = argparse.ArgumentParser(description="Strip or check the notebooks of the book.")
+    parser.add_argument("action", choices=["strip", "check"])
+    parser.add_argument("paths", nargs="*", type=Path, help="default: all of notebooks/")
+    options = parser.parse_args(argv)
+    failed = False
+    for path in options.paths or sorted((nbs.ROOT / "notebooks").glob("*.ipynb")):
+        if options.action == "strip":
+            nbs.write(nbs.strip(nbs.read(path)), path)
+            continue
+        for problem in problems(nbs.read(path), path.stem):
+            failed = True
+            print(f"{path.name}: {problem}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ wrong answers in tests/wrong_answers/{name}.py, and a row and a section in book/
 Next:
 - write it in JupyterLab: make lab, then the folder notebooks
 - run it alone: .venv/bin/python tools/run_notebooks.py {number}
-- before a commit: .venv/bin/python tools/notebooks.py strip, then the same with check
+- before a commit: .venv/bin/python tools/anatomy.py strip, then the same with check
 - name it in book/welcome.md and at the end of the chapter before it
 - fill its section of book/teaching.md, and update the minutes in the table there
 - at the end: make lint, make book, make test"""
