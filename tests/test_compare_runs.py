@@ -41,7 +41,7 @@ FRAME = (
     "<iframe srcdoc='" + escape("<h1>map</h1><script>\nconst data = {};\n</script>") + "'></iframe>"
 )
 SAME = [
-    (printed("read in 1.5 s, 3.1 MB at /tmp/a/b\n"), printed("read in 2 s, ", "3 MB at /x/y\n")),
+    (printed("read in 1.5 s, 3.1 MB at /var/a/b\n"), printed("read in 2 s, ", "3 MB at /x/y\n")),
     (printed("74 a second, 1,320 tiles/s"), printed("9 a second, 1.1 tiles/s")),
     (printed("paired: p = 0.03"), printed("wilcoxon: p = 0.03")),
     ([result(text_plain="<A at 0x7f1>")], [result(text_plain="<A at 0x801>")]),

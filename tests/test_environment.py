@@ -165,8 +165,8 @@ def imported(folder: str) -> set[str]:
     ("folder", "extras", "brought"),
     [
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
-        # these come with papermill, ipykernel and scikit-learn
-        ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
+        # these come with papermill, ipykernel, scikit-learn and sphinx-book-theme
+        ("tools", ("book",), {"nbclient", "traitlets", "joblib", "beautifulsoup4"}),
         ("book", ("book",), {"docutils"}),  # comes with jupyter-book
         ("tests", ("book", "test"), {"zarr", "httpx", "requests", "nbclient", "docutils"}),
     ],
