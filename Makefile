@@ -1,12 +1,12 @@
-# Everything runs in .venv, which `make` fills by itself; `make` alone lists the targets.
+# Everything runs in .venv, which `make` fills first; `make` alone lists the targets.
 STUDY ?= demo
 STIMAGE_CACHE ?= $(CURDIR)/.cache
-# Threads that spin for long while they wait slow training down 8 times on a busy machine.
+# Threads that spin for long while they wait make training 8 times slower on a busy machine.
 GOMP_SPINCOUNT ?= 20000
 export STUDY STIMAGE_CACHE GOMP_SPINCOUNT
 RUN = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help book test lab workshop check lint benchmarks results pins chapter probe repo clean
+.PHONY: help book test lab workshop check lint benchmarks results pins chapter links repo clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -41,8 +41,8 @@ pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, ke
 chapter: .venv/installed  ## begin a chapter that passes all checks: make chapter NAME=12_expression
 	@$(RUN) tools/new_chapter.py '$(NAME)'
 
-probe: .venv/installed  ## ask whether pinned data and all outside links are still there
-	@$(RUN) tools/probe.py
+links: .venv/installed  ## check that all pinned data and external links are still there
+	@$(RUN) tools/check_links.py
 
 repo:  ## move the book to another repository: make repo URL=https://github.com/OWNER/NAME
 	@sh tools/python.sh tools/repository.py "$(URL)"

@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,15 @@ def missing(what: str) -> NoReturn:
     (pytest.fail if os.environ.get("STIMAGE_CI") else pytest.skip)(what)
 
 
+def until(found: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Ask again and again until the answer is true, and return it; a busy machine is slow."""
+    latest = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < latest, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.05)
+    return answer
+
+
 @pytest.fixture(scope="session")
 def real_root() -> Path:
     """A folder with real slides: ``STIMAGE_ROOT``, else the copy beside the checkout."""
@@ -41,12 +51,12 @@ def real_root() -> Path:
 def run_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every chapter on `demo`, as `make book` does, and return the folder of the results.
 
-    The tests of the notebooks and those of the pages look at this one run.
-    Where a chapter ends, its checks are asked about wrong answers (tests/wrong_answers/judge.py).
+    The tests of the notebooks and those of the pages look at this one run. Chapters that have run
+    before and have not changed are copied. At the end of each chapter, its checks are asked about
+    wrong answers (tests/wrong_answers/judge.py).
     """
     out = tmp_path_factory.mktemp("run") / "notebooks"
     command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
-    command += ["--also", ROOT / "tests" / "wrong_answers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +15,7 @@ class Answer:
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0
+    late: bool = False  # it comes when the test is over
     then: "Answer | None" = None
 
 
@@ -42,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         said = server.answers.get(self.path, missing)
         if said.then is not None:
             server.answers[self.path] = said.then
-        time.sleep(said.seconds)
+        if said.late:
+            server.over.wait()
         with contextlib.suppress(ConnectionError):  # who asked may have lost patience
             self.send_response(said.status)
             for name, value in {"Content-Length": str(len(said.body)), **said.headers}.items():
@@ -60,11 +60,12 @@ class Handler(BaseHTTPRequestHandler):
 def web(answers: dict[str, Answer]) -> Iterator[ThreadingHTTPServer]:
     """Serve the answers; `server.address` is where."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.answers, server.asked = answers, []
+    server.answers, server.asked, server.over = answers, [], threading.Event()
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()

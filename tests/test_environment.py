@@ -165,8 +165,8 @@ def imported(folder: str) -> set[str]:
     ("folder", "extras", "brought"),
     [
         ("src", (), {"zarr", "httpx"}),  # zarr comes with anndata, httpx with huggingface-hub
-        # these come with papermill, ipykernel and scikit-learn
-        ("tools", ("book",), {"nbclient", "traitlets", "joblib"}),
+        # these come with papermill, ipykernel, scikit-learn and sphinx-book-theme
+        ("tools", ("book",), {"nbclient", "traitlets", "joblib", "beautifulsoup4"}),
         ("book", ("book",), {"docutils"}),  # comes with jupyter-book
         ("tests", ("book", "test"), {"zarr", "httpx", "requests", "nbclient", "docutils"}),
     ],
@@ -252,7 +252,7 @@ def test_only_main_is_published_and_only_whole() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text(encoding="utf-8"))
     assert workflow[True]["push"] == {"branches": ["main"]}  # YAML reads the key `on` as true
     steps = [step.get("run") for step in workflow["jobs"]["build"]["steps"]]
-    assert [s for s in steps if s] == ["make test", "make book"]
+    assert [s for s in steps if s] == ["make book", "make test"]
     assert workflow["jobs"]["deploy"]["needs"] == "build"
 
 

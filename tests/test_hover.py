@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from browser import Tab, tab
 from bs4 import BeautifulSoup
+from conftest import until
 from matplotlib.colors import to_rgb
 from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
@@ -201,13 +202,19 @@ def close_to(image: np.ndarray, colour: str) -> np.ndarray:
 
 
 def drawn(one: Tab) -> np.ndarray:
-    """The page once the frame in it is drawn, which the page does not wait for."""
-    for _ in range(50):
+    """The page once the frame in it is drawn, which the page itself does not wait for."""
+
+    def complete() -> list[np.ndarray]:
         image = picture(one)
-        if all(close_to(image[:545], c).any() for c in POINTS):
-            return image
-        one.page.wait_for_timeout(200)
-    raise AssertionError("no point is drawn")
+        return [image] if all(close_to(image[:545], c).any() for c in POINTS) else []
+
+    return until(complete, "points in the frame")[0]
+
+
+def large_tiles(one: Tab) -> list[int]:
+    """The numbers of the tiles that are shown large; a tile shown small counts as -1."""
+    sizes = [int(close_to(picture(one), colour).sum()) for colour in TILES]
+    return [i if size > 80 * 80 else -1 for i, size in enumerate(sizes) if size]
 
 
 @pytest.fixture
@@ -240,11 +247,7 @@ def test_the_right_tile_appears_under_the_pointer(chromium, page, width, theme):
     for i in (1, 0, 2):
         y, x = np.argwhere(close_to(before[:545], POINTS[i]))[0] + [2, 0]  # below: the legend
         point_at(float(x), float(y))
-        one.page.wait_for_timeout(300)
-        after = picture(one)
-        shown = [int(close_to(after, c).sum()) for c in TILES]
-        assert shown[i] > 80 * 80  # large enough to see something
-        assert sum(shown) == shown[i]
+        until(lambda i=i: large_tiles(one) == [i], f"tile {i} and no other")
     assert one.errors == one.outside == []
     one.page.close()
 
@@ -255,8 +258,7 @@ def test_a_keyboard_is_enough(chromium, page):
     drawn(one)
     for key in ("Tab", "ArrowRight", "Tab", "ArrowRight"):
         one.page.keyboard.press(key)
-    one.page.wait_for_timeout(300)
-    assert sum(int(close_to(picture(one), c).sum()) > 80 * 80 for c in TILES) == 1
+    until(lambda: len(shown := large_tiles(one)) == 1 and shown != [-1], "one large tile")
     one.page.close()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import pytest
 import requests
+from conftest import until
 from websocket import create_connection
 
 import notebooks as nbs
@@ -105,13 +106,14 @@ def lab(checkout: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) 
     server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
     try:
         made = Lab(root, port)
-        for _ in range(600):
+
+        def answers() -> bool:
             assert server.poll() is None, (home / "log").read_text()
-            try:
-                made.call("GET", "/api")
-                break
-            except requests.RequestException:
-                time.sleep(0.1)
+            with contextlib.suppress(requests.RequestException):
+                return made.call("GET", "/api").ok
+            return False
+
+        until(answers, "JupyterLab")
         yield made
         made.call("POST", "/api/shutdown")
         server.wait(30)
@@ -198,7 +200,7 @@ def test_a_copy_follows_its_chapter_until_it_is_written_into(tmp_path: Path) -> 
 
 SETUP = """
 import logging
-import time
+import threading
 from dataclasses import replace
 
 from test_contrast import QUICK, model_of, study
@@ -212,8 +214,7 @@ train, validation = study()
 settings = replace(QUICK, epochs=60)
 """
 TRAIN = """
-wait = lambda history: time.sleep(0.03)
-fitted = training.fit(model_of(), train, validation, settings, device="cpu", on_epoch=wait)
+fitted = training.fit(model_of(), train, validation, settings, device="cpu", on_epoch=on_epoch)
 print(*sorted(fitted.history["epoch"].unique()))
 """
 
@@ -222,14 +223,14 @@ print(*sorted(fitted.history["epoch"].unique()))
 def test_an_interrupted_training_shows_its_bar_and_goes_on(lab: Lab, kernel: Kernel) -> None:
     answer, outputs = kernel.run(SETUP)
     assert answer["status"] == "ok", outputs
-    kept, message = [], kernel.send(TRAIN)
-    while not kept:  # the stop button, once there is something to go on from
-        time.sleep(0.1)
-        kept = list(Path(os.environ["STIMAGE_CACHE"]).glob("models/*/checkpoint.pt"))
+    kernel.run("on_epoch = lambda history: history.epoch.max() < 3 or threading.Event().wait()")
+    message, models = kernel.send(TRAIN), Path(os.environ["STIMAGE_CACHE"]) / "models"
+    until(lambda: list(models.glob("*/checkpoint.pt")), "a checkpoint")
     lab.call("POST", f"{kernel.path}/interrupt")
     answer, _ = kernel.answer(message)
     assert answer["ename"] == "KeyboardInterrupt"
 
+    kernel.run("on_epoch = None")
     answer, outputs = kernel.run(TRAIN)
     assert answer["status"] == "ok", answer
     text = "".join(output.get("text", "") for output in outputs)

@@ -19,7 +19,7 @@ import chapter_pages
 import new_chapter
 import notebooks as nbs
 import outputs
-import run_notebooks
+import run_chapter
 from build_book import chapters_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,9 @@ def test_a_new_chapter_passes_all_checks_and_runs(copy: Path) -> None:
         ruff = [sys.executable, "-m", "ruff", *lint, path]
         subprocess.run(ruff, cwd=copy, check=True, capture_output=True)
     assert chapters_of(yaml.safe_load((copy / "_toc.yml").read_text())) == [*NAMES, name]
-    (copy / "out").mkdir()
     also = copy / "tests" / "wrong_answers"
-    assert run_notebooks.proof(path, also)  # there are wrong answers, and they run, too
-    run_notebooks.execute(path, copy / "out", "demo", timeout=300, also=also)
+    assert run_chapter.also_code(path, also)  # there are wrong answers, and they run, too
+    run_chapter.execute(path, copy / "out", "demo", timeout=300, also=also)
     assert outputs.problems(nbs.read(copy / "out" / path.name), (f"{copy}/",)) == []
 
 

@@ -1,8 +1,7 @@
-"""The built pages: complete, whole without a network, readable on a phone.
+"""The built pages: complete, working without a network, readable on a phone.
 
-Which pages: the folders that the environment variable BOOK_HTML names (several with the path
-separator of the system); without it, every study below ``_build`` whose pages are newer than all
-they were made from; without any such, the pages of `demo`, built for this test.
+Without more, these are pages of `demo` that are built for this test. The environment variable
+BOOK_HTML names folders of other pages (several with the path separator of the system).
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from conftest import missing
 
 import build_book
 import chapter_pages
-import dataset_page
+import computed_pages
 import repository
-import study_pages
 from helpers import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,37 +59,11 @@ NAMES = list(pages_in_toc(TOC))
 CHAPTERS = [name for name in NAMES if name.startswith("notebooks/")]
 
 
-def fits(record: Path, study: str) -> bool:
-    """True when a record of a run belongs to the present notebooks and helpers."""
-    ran = json.loads(record.read_text(encoding="utf-8"))
-    return not build_book.refusals(ran, TOC, ROOT, study)
-
-
-def fresh_builds() -> list[Path]:
-    """Pages below ``_build`` that are newer than all they were made from."""
-    sources = [ROOT / "_config.yml", ROOT / "_toc.yml"]
-    sources += [Path(module.__file__) for module in (build_book, dataset_page, study_pages)]
-    sources += [p for p in (ROOT / "book").rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    newest = max(path.stat().st_mtime for path in sources)
-    found = []
-    for record in sorted((ROOT / "_build").glob("*/notebooks/run.json")):
-        index = record.parent.parent / "html" / "index.html"
-        if (
-            index.exists()
-            and index.stat().st_mtime > max(newest, record.stat().st_mtime)
-            and fits(record, record.parent.parent.name)
-        ):
-            found.append(index.parent)
-    return found
-
-
 @pytest.fixture(scope="session")
 def books(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of built pages that this run of the tests looks at."""
     if named := os.environ.get("BOOK_HTML"):
         return [Path(folder).resolve() for folder in named.split(os.pathsep)]
-    if fresh := fresh_builds():
-        return fresh
     out = tmp_path_factory.mktemp("book") / "demo"
     executed = request.getfixturevalue("run_of_demo")  # minutes, so only where it is needed
     build_book.stage(ROOT, executed, out / "source", "demo")
@@ -228,8 +200,8 @@ def test_every_reference_can_be_followed() -> None:
 
 
 def test_no_total_is_typed_into_a_page() -> None:
-    facts = json.loads(dataset_page.STORED.read_text(encoding="utf-8"))["facts"]
-    typed = dataset_page.words(facts)
+    facts = json.loads(computed_pages.STORED.read_text(encoding="utf-8"))["facts"]
+    typed = computed_pages.dataset_values(facts)
     numbers = [typed[k] for k in ("n_slides", "n_spots", "genes_min", "genes_max", "hd_share")]
     for path in sorted((ROOT / "book").glob("*.md")):
         text = path.read_text(encoding="utf-8")
@@ -368,7 +340,7 @@ def test_every_study_has_its_page(books: list[Path]) -> None:
                 assert [image["src"] for image in pictures] == wanted
             assert len(pictures) == 1 or "there is no picture here" in text
             sizes = [(path.parent / image["src"]).stat().st_size for image in pictures]
-            assert all(size < study_pages.LARGEST for size in sizes)
+            assert all(size < computed_pages.LARGEST for size in sizes)
 
 
 def test_the_zip_is_the_book(books: list[Path], tmp_path: Path) -> None:
@@ -415,7 +387,7 @@ def test_a_chapter_that_is_broken_is_noticed(books: list[Path], what: str) -> No
 
 
 def test_the_dataset_page_shows_the_totals(books: list[Path]) -> None:
-    facts = json.loads(dataset_page.STORED.read_text(encoding="utf-8"))["facts"]
+    facts = json.loads(computed_pages.STORED.read_text(encoding="utf-8"))["facts"]
     for book in books:
         text = page_checks.soup((book / "book/dataset.html").read_text("utf-8")).get_text(" ")
         assert f"{facts['slides']:,} slides" in text
@@ -434,6 +406,11 @@ FORMULAS = (
     " document.querySelectorAll('mjx-merror, [data-mjx-error]').length]; })()"
 )
 THEME = "document.documentElement.dataset.theme"
+# What scrolls can be reached with the Tab key, and nothing else among what may scroll.
+SCROLLING_IS_KNOWN = """() => [...document.querySelectorAll(
+    'pre, .nboutput > .output_area, .cell_output > .output, .jp-RenderedHTMLCommon'
+  )].every(e => (e.tabIndex === 0)
+    === (e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight))"""
 
 
 @dataclass
@@ -461,7 +438,7 @@ def visit(one: Tab, page: Path) -> Visit:
     one.page.wait_for_function(f"{THEME} === 'dark'")
     found["dark"] = one.axe(["color-contrast"])
     one.page.set_viewport_size({"width": PHONE, "height": 844})
-    one.page.wait_for_timeout(500)  # the theme looks for what scrolls now after 300 ms
+    one.page.wait_for_function(SCROLLING_IS_KNOWN)  # the theme looks again after 300 ms
     found["phone"] = one.axe(WCAG, without=["color-contrast"])
     wide = one.page.evaluate(WIDER)
     return Visit(list(one.outside), list(one.failed), list(one.errors), formulas, wide, found)

@@ -47,7 +47,7 @@ def test_the_book_moves_to_another_repository(checkout: Callable[[], Path]) -> N
         assert old.encode() not in after[name], name
         if name != "tests/test_repository.py":  # it knows the new one, too
             assert after[name].replace(new.encode(), old.encode()) == before[name], name
-    check = [sys.executable, copied / "tools/notebooks.py", "check"]
+    check = [sys.executable, copied / "tools/anatomy.py", "check"]
     checked = subprocess.run(check, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout) == (0, "")
     assert repository.url(copied) == NEW

@@ -31,7 +31,7 @@ from new_chapter import chapter
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [p.stem for p in PATHS]
-CACHE = os.environ.get("STIMAGE_CACHE", str(ROOT / ".cache"))  # read before tests change it
+CACHE = os.environ.get("STIMAGE_CACHE")  # read before tests change it
 each_chapter = pytest.mark.parametrize("path", PATHS, ids=NAMES)
 
 
@@ -161,7 +161,8 @@ def test_an_exercise_notebook_says_what_is_missing(path: Path, run_of_demo: Path
     reason="runs every chapter once more: EVERY_EXERCISE=1 asks for it",
 )
 def test_every_exercise_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STIMAGE_CACHE", CACHE)
+    if CACHE:
+        monkeypatch.setenv("STIMAGE_CACHE", CACHE)
     workshop.put_chapters(tmp_path, "demo")
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "tools/run_notebooks.py", "--study", "demo", "--out", out]
@@ -225,11 +226,11 @@ def test_the_judge_misses_no_exercise() -> None:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds the edition on demo, as folder and zip."""
-    folder = tmp_path_factory.mktemp("workshop")
+    """The folder that holds the edition on demo, as folder and zip, without any pages."""
+    folder, unbuilt = tmp_path_factory.mktemp("workshop"), tmp_path_factory.mktemp("unbuilt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STIMAGE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        workshop.make(folder, catalog.study("demo"), with_data=False)
+        workshop.make(folder, catalog.study("demo"), with_data=False, built=unbuilt)
     return folder
 
 
@@ -287,7 +288,7 @@ def test_a_failure_leaves_the_last_edition(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(workshop, "put_data", lambda *_: "no slides")
     monkeypatch.setattr(workshop, "write_zip", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        workshop.make(tmp_path, catalog.study("demo"), with_data=False)
+        workshop.make(tmp_path, catalog.study("demo"), False, tmp_path / "unbuilt")
     assert set(files(tmp_path)) == {"workshop/old", "workshop.zip"}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -446,11 +447,11 @@ def test_the_book_comes_along_if_it_was_built(
     (tmp_path / "_toc.yml").write_text("root: book/welcome\n")
     record = {"study": "demo", "complete": True, "helpers": helpers, "chapters": {}}
     for name, text in (("html/index.html", "page"), ("notebooks/run.json", json.dumps(record))):
-        path = tmp_path / "_build" / "demo" / name
+        path = tmp_path / "built" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if built:
             path.write_text(text)
-    assert workshop.put_book(tmp_path / "made", "demo").startswith(said)
+    assert workshop.put_book(tmp_path / "made", "demo", tmp_path / "built").startswith(said)
     assert (tmp_path / "made" / "html" / "index.html").exists() == said.startswith("the book")
 
 
@@ -460,13 +461,13 @@ def test_the_book_comes_without_its_own_zip(
     monkeypatch.setattr(workshop, "ROOT", tmp_path)
     monkeypatch.setattr(workshop, "refusals", lambda *_: [])
     (tmp_path / "_toc.yml").write_text("root: book/welcome\n")
-    built = tmp_path / "_build" / "demo"
+    built = tmp_path / "built"
     for name in ("html/index.html", "html/stimage-book.zip.sha256", "notebooks/run.json"):
         (built / name).parent.mkdir(parents=True, exist_ok=True)
         (built / name).write_text("{}")
     (built / "html/setup.html").write_text('<a class="offline-copy" href="stimage-book.zip">it</a>')
     (built / "html" / "stimage-book.zip").touch()
-    workshop.put_book(tmp_path / "made", "demo")
+    workshop.put_book(tmp_path / "made", "demo", built)
     assert files(tmp_path / "made" / "html") == {"index.html": b"{}", "setup.html": b"it"}
 
 

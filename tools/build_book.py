@@ -23,8 +23,7 @@ from typing import Any
 
 import yaml
 
-import dataset_page
-import study_pages
+import computed_pages
 from run_notebooks import RECORD, ROOT, digest, helpers_digest, no_progress_bars
 
 JUPYTER_BOOK = (sys.executable, "-c", "from jupyter_book.cli.main import main; main()")
@@ -70,8 +69,7 @@ def stage(root: Path, executed: Path, folder: Path, study: str) -> None:
         shutil.copy(root / name, folder / name)
     shutil.copytree(root / "book", folder / "book", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(executed, folder / "notebooks")
-    dataset_page.stage(folder, study)
-    study_pages.stage(folder, study)
+    computed_pages.stage(folder, study)
 
 
 def write_zip(

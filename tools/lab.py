@@ -1,7 +1,7 @@
-"""Open the chapters in JupyterLab, as copies in my-notebooks/, which git does not look at.
+"""Open copies of the chapters in JupyterLab, in my-notebooks/, which git ignores.
 
-So answers and outputs never get in the way of `make book`, `make test` or `git pull`. A copy
-follows its chapter until something is written into it. Options are passed on to JupyterLab.
+Answers and outputs then never get in the way of `make book`, `make test` or `git pull`. A copy is
+renewed with its chapter until a reader edits it. Options are passed on to JupyterLab.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import notebooks as nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, COPIES = ROOT / "notebooks", ROOT / "my-notebooks"
-RECORD = ".copied.json"  # from which version of its chapter each copy was made
+RECORD = ".copied.json"  # the version of the chapter that each copy was made from
 
 
 def digest(notebook: nbs.Notebook) -> str:
-    """Return a SHA-256 of what a notebook holds, its outputs apart."""
+    """Return the SHA-256 of a notebook without its outputs."""
     return hashlib.sha256(json.dumps(nbs.strip(notebook), sort_keys=True).encode()).hexdigest()
 
 
 def copy(sources: Path = SOURCES, copies: Path = COPIES) -> Iterator[str]:
-    """Bring the copies up to date; yield a line for each that is not, because it was changed."""
+    """Renew the copies; yield a line for each that was edited and whose chapter has changed."""
     copies.mkdir(exist_ok=True)
     record = copies / RECORD
     made = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -38,8 +38,8 @@ def copy(sources: Path = SOURCES, copies: Path = COPIES) -> Iterator[str]:
             made[path.name] = now
         elif before != now:
             yield (
-                f"{path.name} has changed since you wrote into your copy, which is kept: "
-                f"rename {mine.relative_to(copies.parent)} and start again to get the new one."
+                f"{path.name} has changed since you edited your copy, which is kept. "
+                f"To get the new one, rename {mine.relative_to(copies.parent)} and start again."
             )
     record.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 

@@ -1,7 +1,6 @@
-"""Begin a chapter: the smallest one that keeps every rule, to be filled.
+"""Begin a chapter: a small one that follows every rule and runs, ready to be filled.
 
-It runs as it is, so that from then on a failing check is always about the last change. The tests of
-the tools use the same chapter.
+From then on, a failing check is about the last change. The tests of the tools use it, too.
 """
 
 from __future__ import annotations
@@ -18,33 +17,36 @@ from notebooks import ROOT
 
 NAME = re.compile(r"[0-9]{2}(_[a-z0-9]+)+")
 NEXT = """\
-notebooks/{name}.ipynb keeps every rule and runs as it is; _toc.yml has it after the last chapter,
-tests/wrong_answers/{name}.py what its checks must refuse, book/teaching.md a row and a section.
+notebooks/{name}.ipynb follows every rule and runs. It is now the last chapter in _toc.yml, with
+wrong answers in tests/wrong_answers/{name}.py, and a row and a section in book/teaching.md.
 Next:
 - write it in JupyterLab: make lab, then the folder notebooks
-- look at it alone: .venv/bin/python tools/run_notebooks.py {number} --also tests/wrong_answers
-- before a commit: .venv/bin/python tools/notebooks.py strip, then the same with check
-- name it in book/welcome.md and at the end of the chapter before; fill its section of
-  book/teaching.md, whose table has its minutes
-- at the end: make lint, make test, make book"""
+- run it alone: .venv/bin/python tools/run_notebooks.py {number}
+- before a commit: .venv/bin/python tools/anatomy.py strip, then the same with check
+- name it in book/welcome.md and at the end of the chapter before it
+- fill its section of book/teaching.md, and update the minutes in the table there
+- at the end: make lint, make book, make test"""
 
-MINUTES, EACH = 10, 3
-"""To teach the rounds, and to do one of the two exercises."""
+MINUTES, EACH = 10, 3  # to teach the rounds, and to do one of the two exercises
 WRONG = """\
 WRONG = {
     1: [(1, "not the sum"), (3, "not the sum")],
     2: [(2, "not the sum"), (4, "not the sum")],
 }
 """
+PARAMETERS = 'STUDY = "demo"  # which study runs\nSEED = 0  # of every draw'
+SETUP = """\
+rng = np.random.default_rng(SEED)
+print(STUDY)  # slides.load_study(STUDY), of helpers, loads its slides"""
 SECTION = """
 ### {number} {words}
 
-**Skip** *Round 4*, unless somebody asks for it.
+**Skip** *Round 4*, unless the class asks for it.
 
-**People get lost** where they take one thing for another: say what helps.
+**People get lost** where they confuse two things: say what helps.
 
-**Ask.** What do they believe before the chapter?
-*Answer.* What they have seen after it.
+**Ask.** What does the class expect before the chapter?
+*Answer.* What it has seen after the chapter.
 
 **Ask.** What does the main number leave open?
 *Answer.* What it does not measure.
@@ -60,34 +62,28 @@ def code(name: str, text: str, *tags: str, **metadata: Any) -> dict[str, Any]:
     """Return a cell of code."""
     if tags:
         metadata["tags"] = list(tags)
-    return {
-        "cell_type": "code",
-        "id": name,
-        "metadata": metadata,
-        "source": text,
-        "outputs": [],
-        "execution_count": None,
-    }
+    return {"cell_type": "code", "id": name, "metadata": metadata, "source": text}
 
 
 def one_round(k: int) -> list[dict[str, Any]]:
-    """Return why, predict, code, and what is seen in words."""
+    """Return a round: why, a prediction, code, and the result in words."""
     why = (
         f"## Round {k}\n\nSay why this step is needed.\n"
         "The page links the first mention of each word of the glossary, "
         "such as spot, donor, gene panel and embedding.\n\n"
-        "**Predict.** Ask what will come out."
+        "**Predict.** Ask for the result."
     )
     return [
         markdown(f"round-{k}", why),
         code(f"code-{k}", f"print(rng.integers({k} + 1))"),
-        markdown(f"seen-{k}", "Say in words what came out."),
+        markdown(f"seen-{k}", "Say the result in words."),
     ]
 
 
 def exercise(k: int) -> list[dict[str, Any]]:
     """Return prompt with hint, stub, check and solution."""
     hint = "<details><summary>Hint</summary>\n\nAdd them.\n\n</details>"
+    hidden = {"source_hidden": True}
     check = f"""def check_{k}(answer):
     if answer is None:
         return "Not answered yet: add the two numbers"
@@ -100,13 +96,7 @@ check_{k}(answer_{k})"""
         markdown(f"exercise-{k}", f"### Exercise {k} ({EACH} minutes)\n\nAdd {k} and 1.\n\n{hint}"),
         code(f"stub-{k}", f"answer_{k} = None  # your code here", "exercise"),
         code(f"check-{k}", check, "check"),
-        code(
-            f"solution-{k}",
-            f"check_{k}({k} + 1)",
-            "solution",
-            "hide-cell",
-            jupyter={"source_hidden": True},
-        ),
+        code(f"solution-{k}", f"check_{k}({k} + 1)", "solution", "hide-cell", jupyter=hidden),
     ]
 
 
@@ -116,7 +106,7 @@ def quick_check(k: int) -> dict[str, Any]:
     return markdown(f"quick-{k}", f"**Quick check.** Why?\n\n{answer}")
 
 
-def in_words(name: str) -> str:
+def title(name: str) -> str:
     """Return the title of a chapter, from the name of its file without suffix."""
     return name[3:].replace("_", " ").capitalize()
 
@@ -128,9 +118,9 @@ def opening(name: str) -> list[dict[str, Any]]:
     return [
         markdown(
             "title",
-            f"# {int(name[:2])}. {in_words(name)}\n\n"
+            f"# {int(name[:2])}. {title(name)}\n\n"
             "**Question.** What does this chapter ask?\n\n"
-            f"**In one sentence.** What comes out.\n\n[Open in Colab]({link})",
+            f"**In one sentence.** The result.\n\n[Open in Colab]({link})",
         ),
         markdown(
             "objectives",
@@ -142,22 +132,13 @@ def opening(name: str) -> list[dict[str, Any]]:
         ),
         code("colab", anatomy.COLAB_GUARD, "colab", "remove-cell"),
         code("imports", "import matplotlib.pyplot as plt\nimport numpy as np", "imports"),
-        code(
-            "parameters",
-            'STUDY = "demo"  # which study runs\nSEED = 0  # of every draw',
-            "parameters",
-        ),
-        code(
-            "setup",
-            "rng = np.random.default_rng(SEED)\n"
-            "print(STUDY)  # slides.load_study(STUDY), of helpers, loads its slides",
-            "setup",
-        ),
+        code("parameters", PARAMETERS, "parameters"),
+        code("setup", SETUP, "setup"),
     ]
 
 
 def figure(name: str) -> dict[str, Any]:
-    """Return a figure with caption, name and a text for who cannot see it."""
+    """Return a figure with caption, name and alt text."""
     return code(
         "fig-line",
         "plt.plot([0, 1], [0, 1])\nplt.show()",
@@ -170,7 +151,7 @@ def figure(name: str) -> dict[str, Any]:
 
 
 def chapter(name: str = "01_small") -> dict[str, Any]:
-    """Return a chapter that keeps every rule, as parsed JSON."""
+    """Return a chapter that follows every rule, as parsed JSON."""
     cells = [
         *opening(name),
         *one_round(1),
@@ -197,7 +178,7 @@ def chapter(name: str = "01_small") -> dict[str, Any]:
 
 
 def refusal(name: str, root: Path) -> str | None:
-    """Return why no chapter can be called so, or None."""
+    """Return why a new chapter cannot have this name, or None."""
     taken = {p.stem[:2]: p.name for p in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
     number = f"{max(map(int, taken), default=0) + 1:02}"
     if not NAME.fullmatch(name):
@@ -220,17 +201,17 @@ def into_contents(name: str, path: Path) -> None:
 
 
 def into_teaching(name: str, path: Path) -> None:
-    """Add a chapter to the page for teachers: a row of the tracks, their sums, and a section."""
+    """Add a chapter to the page for teachers: a row in the table, its sums, and a section."""
     text, number = path.read_text(encoding="utf-8"), int(name[:2])
-    minutes = [MINUTES, 2 * EACH, 0, 0, MINUTES + 2 * EACH]  # in no track but self-study
-    link = f"[{number}](../notebooks/{name}.ipynb) {in_words(name)}"
+    minutes = [MINUTES, 2 * EACH, 0, 0, MINUTES + 2 * EACH]  # in self-study alone
+    link = f"[{number}](../notebooks/{name}.ipynb) {title(name)}"
     row = "".join(f"| {cell or ''} ".replace("  ", " ") for cell in (link, *minutes))
     *_, last = re.finditer(r"^\| \[\d+\]\(.*\n", text, re.M)
     text = f"{text[: last.end()]}{row}|\n{text[last.end() :]}"
     before = re.search(r"^\| sum \|(.*)\|$", text, re.M)
     sums = (str(int(a) + b) for a, b in zip(before[1].split("|"), minutes, strict=True))
     text = text.replace(before[0], f"| sum | {' | '.join(sums)} |")
-    text += SECTION.format(number=number, words=in_words(name))
+    text += SECTION.format(number=number, words=title(name))
     path.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -1,10 +1,8 @@
-"""Read, write and strip notebooks; as a script: strip the chapters, or check their anatomy."""
+"""Read, write and strip notebooks."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +51,3 @@ def strip(notebook: Notebook) -> Notebook:
 def name(cell: Cell) -> str:
     """Return how messages call a cell."""
     return f"cell {cell.get('id', '?')}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Strip notebooks in place, or check them; return the exit status."""
-    parser = argparse.ArgumentParser(description="Strip or check the notebooks of the book.")
-    parser.add_argument("action", choices=["strip", "check"])
-    parser.add_argument("paths", nargs="*", type=Path, help="default: all of notebooks/")
-    options = parser.parse_args(argv)
-    from anatomy import problems  # the rules read notebooks with this module
-
-    failed = False
-    for path in options.paths or sorted((ROOT / "notebooks").glob("*.ipynb")):
-        if options.action == "strip":
-            write(strip(read(path)), path)
-            continue
-        for problem in problems(read(path), path.stem):
-            failed = True
-            print(f"{path.name}: {problem}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a reader should not see in a chapter that has run."""
+"""Find what a reader should not see in an executed chapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import notebooks as nbs
 from notebooks import Cell, Notebook
 
-# What the helpers log names the slide; a page may show it.
+# The remarks of the helpers begin with the slide; a page may show them.
 OWN_LOG = re.compile(r"(slide \S.*\n?)+")
 
 
@@ -22,10 +22,7 @@ def _text(cell: Cell) -> str:
 
 
 def problems(notebook: Notebook, local: tuple[str, ...] = ()) -> list[str]:
-    """Return what a reader should not see in an executed chapter.
-
-    ``local`` are strings of this machine (its folders) that no output may show.
-    """
+    """Return what a reader should not see; ``local`` are folders of this machine."""
     found = []
     for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
         kinds, text = nbs.tags(cell), _text(cell)

@@ -23,7 +23,9 @@ import notebooks as nbs
 from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from helpers.files import sha256
-from run_notebooks import RECORD, ROOT, chapters
+from notebooks import ROOT
+from run_chapter import RECORD
+from run_notebooks import chapters
 
 COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
@@ -115,9 +117,8 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
     return f"the slides, {size:.1f} GB in the layout of the dataset"
 
 
-def put_book(folder: Path, study: str) -> str:
+def put_book(folder: Path, study: str, built: Path) -> str:
     """Copy the pages if they are those of these chapters; return what to tell the participants."""
-    built = ROOT / "_build" / study
     record = built / "notebooks" / RECORD
     if not (record.exists() and (built / "html" / "index.html").exists()):
         return f"not here: the book was not built (`STUDY={study} make book` builds it)"
@@ -144,8 +145,11 @@ def put_checksums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
 
 
-def make(out: Path, study: catalog.Study, with_data: bool) -> dict[str, str]:
-    """Fill ``out/workshop`` and ``out/workshop.zip``; return what was said about data and book."""
+def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[str, str]:
+    """Fill ``out/workshop`` and ``out/workshop.zip``; return what was said about data and book.
+
+    The pages come from ``built``, where ``make book`` puts the study.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="workshop.", dir=out) as scratch:
         folder, packed = Path(scratch) / "workshop", Path(scratch) / "workshop.zip"
@@ -157,7 +161,8 @@ def make(out: Path, study: catalog.Study, with_data: bool) -> dict[str, str]:
                 shutil.copytree(source, target, ignore=LEFT_BEHIND)
             else:
                 shutil.copyfile(source, target)
-        said = {"data": put_data(folder, study, with_data), "html": put_book(folder, study.name)}
+        said = {"data": put_data(folder, study, with_data)}
+        said["html"] = put_book(folder, study.name, built)
         about = {"study": study.name, "title": study.title, "source": study.source}
         for page in (ROOT / "tools" / "participants").glob("[!_.]*.*"):
             text = string.Template(page.read_text(encoding="utf-8"))
@@ -185,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = options.out.resolve()
     try:
-        said = make(out, catalog.study(options.study), options.with_data)
+        built = ROOT / "_build" / options.study
+        said = make(out, catalog.study(options.study), options.with_data, built)
     except catalog.DataError as error:
         print(error, file=sys.stderr)
         return 1

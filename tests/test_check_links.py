@@ -1,4 +1,4 @@
-"""The weekly probe, against a small web on this machine: nothing here leaves it."""
+"""The check of links and data, against a small web server on this machine alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 from local_web import Answer, hub_file, web
 
-import probe
+import check_links
+from check_links import Finding
 from helpers import catalog
-from probe import Finding
 
 # --------------------------------------------------------------------------- links
 
@@ -25,30 +25,32 @@ ANSWERS = {
     "/moved": Answer(301, headers={"Location": "/good"}),
     "/moved-to-nowhere": Answer(301, headers={"Location": "/gone"}),
     "/refused": Answer(403),
-    "/slow": Answer(seconds=4),
+    "/slow": Answer(late=True),
     "/unsteady": Answer(500, then=Answer(500, then=Answer(body=b"x"))),
     "/out-of-service": Answer(503),
 }
-SHY_HOST = "localhost"
+REFUSING_HOST = "localhost"
 
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Check a book of one page and one chapter once; a host named in SHY is the same server."""
+    """Check a book of one page and one chapter once; a host in REFUSING is the same server."""
     source = tmp_path_factory.mktemp("linked")
     with web(dict(ANSWERS)) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        patch.setattr(probe, "SHY", (SHY_HOST,))
-        shy = server.address.replace("127.0.0.1", SHY_HOST)
+        patch.setattr(check_links, "REFUSING", (REFUSING_HOST,))
+        refusing = server.address.replace("127.0.0.1", REFUSING_HOST)
         page = [f"- <{server.address}{path}>" for path in ANSWERS]
-        page += [f"- <{shy}{path}>" for path in ("/good", "/refused", "/gone")]
+        page += [f"- <{refusing}{path}>" for path in ("/good", "/refused", "/gone")]
         page += ["- [a page of ours](other.md)", "- <mailto:someone@example.org>"]
         (source / "_config.yml").write_text("title: Small\nexecute: {execute_notebooks: 'off'}\n")
         (source / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [file: other]\n")
         (source / "index.md").write_text("# Links\n\n" + "\n".join(page) + "\n")
         (source / "other.md").write_text(f"# Another\n\n[again]({server.address}/good#part)\n")
-        found = probe.links(source, linkcheck_timeout=1, linkcheck_retries=2)
-    return SimpleNamespace(found=found, asked=server.asked, address=server.address, shy=shy)
+        found = check_links.check_links(source, linkcheck_timeout=1, linkcheck_retries=2)
+    return SimpleNamespace(
+        found=found, asked=server.asked, address=server.address, refusing=refusing
+    )
 
 
 def finding(checked: SimpleNamespace, address: str) -> Finding:
@@ -82,7 +84,7 @@ def test_a_link_is_judged_by_its_answer(
 def test_a_host_that_refuses_programs_is_not_broken(
     checked: SimpleNamespace, path: str, state: str
 ) -> None:
-    assert finding(checked, checked.shy + path).state == state
+    assert finding(checked, checked.refusing + path).state == state
 
 
 def test_every_link_to_elsewhere_is_followed_and_no_other(checked: SimpleNamespace) -> None:
@@ -93,7 +95,7 @@ def test_every_link_to_elsewhere_is_followed_and_no_other(checked: SimpleNamespa
 def test_who_asks_is_said_and_the_body_is_fetched_only_where_it_must(
     checked: SimpleNamespace,
 ) -> None:
-    assert {agent for _, _, agent in checked.asked} == {probe.LINKCHECK["user_agent"]}
+    assert {agent for _, _, agent in checked.asked} == {check_links.LINKCHECK["user_agent"]}
     assert {command for command, path, _ in checked.asked if path == "/good"} == {"HEAD"}
     assert {command for command, path, _ in checked.asked if path == "/gone"} == {"HEAD", "GET"}
 
@@ -101,10 +103,12 @@ def test_who_asks_is_said_and_the_body_is_fetched_only_where_it_must(
 def test_a_book_that_cannot_be_read_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "JUPYTER_BOOK", (sys.executable, "-c", "raise SystemExit('no')"))
+    monkeypatch.setattr(
+        check_links, "JUPYTER_BOOK", (sys.executable, "-c", "raise SystemExit('no')")
+    )
     (tmp_path / "_config.yml").write_text("title: Small\n")
     with pytest.raises(SystemExit, match="links were not checked:\n\nno"):
-        probe.links(tmp_path)
+        check_links.check_links(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_a_book_that_cannot_be_read_is_no_success(
 def test_only_what_is_broken_fails_and_is_listed_last(
     states: list[str], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert probe.report([Finding(s, f"https://{s}.example", "why") for s in states]) == status
+    assert check_links.report([Finding(s, f"https://{s}.example", "why") for s in states]) == status
     *listed, summary = capsys.readouterr().out.splitlines()
     shown = [line.split()[0] for line in listed[::2]]
     assert shown == sorted(set(states) - {"ok"}, key=["unknown", "refused", "broken"].index)
@@ -123,21 +127,21 @@ def test_only_what_is_broken_fails_and_is_listed_last(
 # --------------------------------------------------------------------------- data
 
 TABLE = b"slide,tech\n"
-PINS = probe.pins()
+PINS = check_links.pins()
 PLIP = next(p for p in PINS if p.repo == "vinid/plip")
 UNI = next(p for p in PINS if p.gated)
 SLIDE = next(p for p in PINS if p.kind == "dataset")
 
 
-def path_of(pin: probe.Pin) -> str:
-    return urlsplit(probe.address(pin)).path
+def path_of(pin: check_links.Pin) -> str:
+    return urlsplit(check_links.address(pin)).path
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A hub that has every pinned file; for quicker tests, the helpers name but three."""
     answers = {path_of(p): hub_file(b"x", p.revision, p.sha256) for p in PINS}
-    monkeypatch.setattr(probe, "pins", lambda: [PLIP, UNI, SLIDE])
+    monkeypatch.setattr(check_links, "pins", lambda: [PLIP, UNI, SLIDE])
     answers["/table"] = Answer(body=TABLE)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(catalog, "METADATA_SHA256", hashlib.sha256(TABLE).hexdigest())
@@ -147,13 +151,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def not_ok(hub: SimpleNamespace) -> list[Finding]:
-    return [f for f in probe.data(hub.server.address) if f.state != "ok"]
+    return [f for f in check_links.check_data(hub.server.address) if f.state != "ok"]
 
 
 def test_a_hub_that_serves_what_is_pinned_is_in_order(
     hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "pins", lambda: PINS)
+    monkeypatch.setattr(check_links, "pins", lambda: PINS)
     assert not_ok(hub) == []
     assert {command for command, path, _ in hub.server.asked if path != "/table"} == {"HEAD"}
     assert len(hub.server.asked) == len(PINS) + 2  # the table, and whether the hub answers
@@ -170,7 +174,7 @@ def test_every_study_and_every_tower_with_weights_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("pin", [PLIP, SLIDE], ids=["weights", "slide"])
-def test_a_file_that_is_gone_is_broken(hub: SimpleNamespace, pin: probe.Pin) -> None:
+def test_a_file_that_is_gone_is_broken(hub: SimpleNamespace, pin: check_links.Pin) -> None:
     del hub.answers[path_of(pin)]
     (found,) = not_ok(hub)
     assert (found.state, found.what.endswith(pin.file)) == ("broken", True)
@@ -181,7 +185,7 @@ def test_a_file_with_other_bytes_is_broken(hub: SimpleNamespace) -> None:
     hub.answers[path_of(PLIP)] = hub_file(b"other", PLIP.revision)
     (found,) = not_ok(hub)
     assert found.state == "broken"
-    assert found.why.endswith(f"pinned is {PLIP.sha256}")
+    assert found.why.endswith(f"the pinned one {PLIP.sha256}")
 
 
 def test_a_file_of_another_commit_is_broken(hub: SimpleNamespace) -> None:
@@ -192,7 +196,7 @@ def test_a_file_of_another_commit_is_broken(hub: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(("pin", "state"), [(UNI, "refused"), (PLIP, "broken")])
 def test_a_gate_is_broken_only_where_the_card_knows_of_none(
-    hub: SimpleNamespace, pin: probe.Pin, state: str
+    hub: SimpleNamespace, pin: check_links.Pin, state: str
 ) -> None:
     hub.answers[path_of(pin)] = Answer(401, headers={"X-Error-Code": "GatedRepo"})
     (found,) = not_ok(hub)
@@ -209,5 +213,5 @@ def test_a_hub_out_of_reach_is_said_once(
     hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    (found,) = [f for f in probe.data() if f.state != "ok"]
+    (found,) = [f for f in check_links.check_data() if f.state != "ok"]
     assert found == Finding("broken", "http://127.0.0.1:9", "the hub does not answer")

@@ -1,8 +1,8 @@
-"""Ask whether what the book relies on elsewhere is still there: pinned data, and every link.
+"""Check that everything the book needs elsewhere is still there: pinned data, and every link.
 
-Files on the hub are asked for, not downloaded: the answer names commit and hash, which must be the
-pinned ones. Links of the pages, the chapters, README and CONTRIBUTING go through Sphinx's own link
-checker. The exit status is 1 when anything is broken.
+The hub is asked about its pinned files without downloading them: commit and hash in its answer must
+be the pinned ones. Sphinx's link checker follows the links of the pages, the chapters, README and
+CONTRIBUTING. The exit status is 1 if anything is broken.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from urllib.parse import urlsplit
 
 import yaml
 
-import build_book
 import repository
 from build_book import JUPYTER_BOOK
-from run_notebooks import ROOT
+from build_book import stage as stage_book
+from notebooks import ROOT
 
-SHY = (
+REFUSING = (
     *("academic.oup.com", "biorxiv.org", "cambridge.org", "cell.com", "ieeexplore.ieee.org"),
     *("jstor.org", "onlinelibrary.wiley.com", "opensource.org", "science.org", "sciencedirect.com"),
     *("tandfonline.com",),
 )
-"""Hosts that refuse programs. What is gone answers 404 there, too, and that stays broken."""
+"""Hosts that refuse requests from programs. A page that is gone answers 404 there, too: broken."""
 REFUSAL = re.compile(r"(?:401|403|418|429) Client Error.* for url: (\S+)")
 LINKCHECK = {
     "user_agent": f"weekly link check of {repository.url()}",
@@ -45,7 +45,7 @@ LINKCHECK = {
 
 
 class Finding(NamedTuple):
-    """One thing that was asked for; `state` is ok, refused, unknown or broken."""
+    """The answer for one file or link; `state` is ok, unknown, refused or broken."""
 
     state: str
     what: str
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
 
 class Pin(NamedTuple):
-    """A file of the hub that the helpers name, at a revision, with its SHA-256 where published."""
+    """A file on the hub that the helpers name, at a revision, with its SHA-256 if published."""
 
     kind: str
     repo: str
@@ -63,11 +63,11 @@ class Pin(NamedTuple):
     gated: bool = False
 
 
-# --- data --------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------
 
 
 def pins() -> list[Pin]:
-    """Return every file on the hub that the helpers may ask for by themselves."""
+    """Return every file on the hub that the helpers may fetch."""
     from helpers import catalog, towers
 
     found = [
@@ -84,60 +84,55 @@ def pins() -> list[Pin]:
 
 
 def address(pin: Pin, endpoint: str | None = None) -> str:
-    """Return where the hub has a file."""
+    """Return the address of a file on the hub."""
     from huggingface_hub import hf_hub_url
 
     where = {"repo_type": pin.kind, "revision": pin.revision, "endpoint": endpoint}
     return hf_hub_url(pin.repo, pin.file, **where)
 
 
-def data(endpoint: str | None = None) -> list[Finding]:
-    """Ask for every pinned file; fetch the table of slides, which is small, and hash it."""
+def check_data(endpoint: str | None = None) -> list[Finding]:
+    """Ask the hub about every pinned file; fetch the table of slides, which is small."""
     from huggingface_hub import constants
 
     from helpers import catalog, files
 
-    found = []
+    table = Finding("ok", catalog.METADATA_URL)
     try:
         files.fetch(catalog.METADATA_URL, catalog.METADATA_SHA256)
-        found.append(Finding("ok", catalog.METADATA_URL))
     except catalog.DataError as error:
-        found.append(Finding("broken", catalog.METADATA_URL, str(error)))
+        table = Finding("broken", catalog.METADATA_URL, str(error))
     endpoint = endpoint or constants.ENDPOINT
     if not files.reachable(endpoint):
-        return [*found, Finding("broken", endpoint, "the hub does not answer")]
-    return found + [ask(pin, address(pin, endpoint)) for pin in pins()]
+        return [table, Finding("broken", endpoint, "the hub does not answer")]
+    return [table, *(check_pin(pin, address(pin, endpoint)) for pin in pins())]
 
 
-def ask(pin: Pin, url: str) -> Finding:
-    """Compare what the hub says of one file with what the helpers expect."""
+def check_pin(pin: Pin, url: str) -> Finding:
+    """Compare the hub's answer for one file with its pin."""
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        told = get_hf_file_metadata(url, retry_on_errors=True)
-    except GatedRepoError as error:
-        return Finding("refused" if pin.gated else "broken", url, first_line(error))
+        answer = get_hf_file_metadata(url, retry_on_errors=True)
     except Exception as error:  # the hub's client and httpx have a dozen kinds between them
-        return Finding("broken", url, first_line(error))
-    if pin.revision != "main" and told.commit_hash != pin.revision:
-        return Finding("broken", url, f"the hub answers with commit {told.commit_hash}")
-    if pin.sha256 and told.etag != pin.sha256:
-        return Finding("broken", url, f"its hash is {told.etag}, pinned is {pin.sha256}")
+        known_gate = pin.gated and isinstance(error, GatedRepoError)
+        first_line = str(error).strip().partition("\n")[0]
+        state = "refused" if known_gate else "broken"
+        return Finding(state, url, f"{type(error).__name__}: {first_line}")
+    if pin.revision not in ("main", answer.commit_hash):
+        return Finding("broken", url, f"the hub answers with commit {answer.commit_hash}")
+    if pin.sha256 and answer.etag != pin.sha256:
+        return Finding("broken", url, f"its hash is {answer.etag}, the pinned one {pin.sha256}")
     return Finding("ok", url)
 
 
-def first_line(error: Exception) -> str:
-    """Return what kind of error it is, and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-# --- links -------------------------------------------------------------------------------------
+# --- links --------------------------------------------------------------------------------------
 
 
 def stage(folder: Path) -> None:
     """Fill a folder with the book's source, README and CONTRIBUTING among the pages."""
-    build_book.stage(ROOT, ROOT / "notebooks", folder, "demo")
+    stage_book(ROOT, ROOT / "notebooks", folder, "demo")
     extra = ("README", "CONTRIBUTING")
     for name in extra:
         shutil.copy(ROOT / f"{name}.md", folder)
@@ -146,8 +141,8 @@ def stage(folder: Path) -> None:
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
 
 
-def links(source: Path, **settings: Any) -> list[Finding]:
-    """Follow every link to elsewhere of a staged book."""
+def check_links(source: Path, **settings: Any) -> list[Finding]:
+    """Follow every external link of a staged book."""
     path = source / "_config.yml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config.setdefault("sphinx", {}).setdefault("config", {}).update(LINKCHECK | settings)
@@ -157,46 +152,41 @@ def links(source: Path, **settings: Any) -> list[Finding]:
         command += ["--builder", "linkcheck"]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         report = Path(out) / "_build" / "html" / "output.json"
-        if not report.is_file():  # broken links are no reason; then there is one
+        if not report.is_file():  # with broken links alone, the report is written
             raise SystemExit(f"The links were not checked:\n{done.stdout}\n{done.stderr}")
-        lines = report.read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines]
-    return [judge(link) for link in told if link["uri"].startswith(("http:", "https:"))]
+        links = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    return [judge(link) for link in links if link["uri"].startswith(("http:", "https:"))]
 
 
 def judge(link: dict[str, Any]) -> Finding:
-    """Turn what Sphinx says of a link into a finding."""
+    """Turn Sphinx's answer for a link into a finding."""
     what = f"{link['uri']} in {link['filename']}"
     if link["status"] in ("working", "redirected"):
         return Finding("ok", what)
     if link["status"] != "broken":
         return Finding("unknown", what, link["info"])
     refusal = REFUSAL.search(link["info"])
-    host = urlsplit(refusal[1]).hostname or "" if refusal else ""
-    shy = any(host == name or host.endswith(f".{name}") for name in SHY)
-    return Finding("refused" if shy else "broken", what, link["info"] or "it does not answer")
-
-
-# --- the report --------------------------------------------------------------------------------
+    host = "." + (urlsplit(refusal[1]).hostname or "") if refusal else ""
+    refuses = host.endswith(tuple(f".{name}" for name in REFUSING))
+    return Finding("refused" if refuses else "broken", what, link["info"] or "no answer")
 
 
 def report(found: list[Finding]) -> int:
-    """Print what is not in order, the broken last; return the exit status."""
+    """Print everything that is not in order, broken links last; return the exit status."""
     states = ("ok", "unknown", "refused", "broken")
-    for finding in sorted((f for f in found if f.state != "ok"), key=lambda f: states.index(f[0])):
-        print(f"{finding.state:8} {finding.what}\n{'':8}   {finding.why}")
+    for finding in sorted(found, key=lambda f: states.index(f.state)):
+        if finding.state != "ok":
+            print(f"{finding.state:8} {finding.what}\n{'':8}   {finding.why}")
     count = Counter(finding.state for finding in found)
     print(", ".join(f"{count[state]} {state}" for state in states))
     return int(count["broken"] > 0)
 
 
 def main() -> int:
-    """Ask for everything; return the exit status."""
-    found = data()
-    with tempfile.TemporaryDirectory(prefix="probe.") as folder:
+    """Check data and links; return the exit status."""
+    with tempfile.TemporaryDirectory(prefix="links.") as folder:
         stage(Path(folder) / "source")
-        found += links(Path(folder) / "source")
-    return report(found)
+        return report(check_data() + check_links(Path(folder) / "source"))
 
 
 if __name__ == "__main__":
