@@ -100,9 +100,9 @@ def prepare(folders: dict[Path, tuple[int, int | None]], held_out: str = "A") ->
     """
     from PIL import Image
 
-    from helpers import contrast, genes, slides, tiles
+    from helpers import contrast, genes, tiles
 
-    adatas = {k: genes.normalise(genes.drop_empty(a)) for k, a in slides.load_study("demo").items()}
+    adatas = genes.prepare("demo")
     others = {k: a for k, a in adatas.items() if a.obs["donor"].iloc[0] != held_out}
     shared = genes.shared_genes(adatas)
     panel = genes.overlap_hvg_batch({k: a[:, shared] for k, a in others.items()}, 512)

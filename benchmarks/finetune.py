@@ -24,11 +24,10 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import contrast, files, genes, metrics, slides, towers, training
+from helpers import catalog, contrast, files, genes, metrics, towers, training
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "finetune.json"
 PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "numpy")
-SIDE_UM = {"demo": 100.0, "mob": 200.0}
 EPOCHS = {"demo": contrast.BOOK.epochs, "mob": 2 * contrast.BOOK.epochs}
 """Twice as many for two thirds of the spots; fixed with animal A, before the others were seen."""
 QUESTIONS = ("main", "panel", "start from captions", "choice of panel")
@@ -107,7 +106,7 @@ def runs(study: str, donors: list[str]) -> Iterator[tuple[str, str, dict]]:
 def train(adatas: dict, study: str, donor: str, how: dict) -> training.HeldOut:
     """Train one fold."""
     settings = replace(contrast.BOOK, epochs=EPOCHS[study], seed=how.get("seed", 0))
-    options = {"settings": settings, "side_um": SIDE_UM[study]}
+    options = {"settings": settings, "side_um": catalog.study(study).side_um}
     if "n_genes" in how:  # a frozen tower is enough to compare panels, and takes seconds
         settings = replace(settings, epochs=10, augment=0.0)
         options |= {"tower": "colour", "settings": settings, "n_genes": how["n_genes"]}
@@ -122,7 +121,7 @@ def train(adatas: dict, study: str, donor: str, how: dict) -> training.HeldOut:
         options |= {"choose": genes.overlap_hvg, "n_genes": 100}
     if "blocks" in how:
         start = training.leave_donor_out_captions(
-            adatas, donor, side_um=SIDE_UM[study]
+            adatas, donor, side_um=catalog.study(study).side_um
         ).fitted.model.image
         options |= {
             "tower": start,
@@ -142,8 +141,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for study in options.studies:
-        loaded = slides.load_study(study)
-        adatas = {s: genes.normalise(genes.drop_empty(a)) for s, a in loaded.items()}
+        adatas = genes.prepare(study)
         donors = list(dict.fromkeys(str(a.obs["donor"].iloc[0]) for a in adatas.values()))
         for question, donor, how in runs(study, donors):
             if question not in options.questions:
@@ -167,7 +165,7 @@ def main() -> None:
                     "held_out": donor,
                     **{"seed": 0, **how},
                     "panel": fold.panel.name,
-                    "side_um": SIDE_UM[study],
+                    "side_um": catalog.study(study).side_um,
                     "epochs": int(history["epoch"].max()),
                     "train": len(fold.train),
                     "test": len(fold.test),

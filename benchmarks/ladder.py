@@ -23,11 +23,21 @@ import pandas as pd
 import torch
 from data import commit, machine
 
-from helpers import contrast, files, genes, probing, slides, splits, tiles, towers, training
+from helpers import (
+    catalog,
+    contrast,
+    files,
+    genes,
+    probing,
+    slides,
+    splits,
+    tiles,
+    towers,
+    training,
+)
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ladder.json"
 PACKAGES = ("torch", "open-clip-torch", "scikit-learn", "scanpy", "numpy")
-SIDE_UM = {"mob": 200.0}
 N_GENES = 256
 BUFFER_UM = 400.0
 SEEDS = (0, 1, 2)
@@ -44,9 +54,8 @@ class Study:
     """Slides, spots and splits of a study, as the chapters have them."""
 
     def __init__(self, name: str) -> None:
-        loaded = slides.load_study(name, image=False)
-        self.name, self.side_um = name, SIDE_UM.get(name, 100.0)
-        self.done = {s: genes.normalise(genes.drop_empty(a)) for s, a in loaded.items()}
+        self.name, self.side_um = name, catalog.study(name).side_um
+        self.done = genes.prepare(name)
         self.spots = slides.spot_table(self.done)
         how = {"buffer_um": BUFFER_UM, "together": True}
         self.rungs = splits.ladder(self.spots, self.done, **how)

@@ -1,14 +1,19 @@
 """One slide from disk to AnnData: what it holds, and what it refuses."""
 
+import json
 import logging
 
+import anndata as ad
+import h5py
+import made_own
 import numpy as np
 import pandas as pd
 import pytest
+from made_spots import SCALES, SLIDES, UM_PER_PX, spots
 from PIL import Image
 from scipy import sparse
 
-from helpers import catalog, slides
+from helpers import catalog, genes, slides
 from helpers.files import DataError
 
 
@@ -103,7 +108,7 @@ def test_a_black_border_does_not_hide_the_tissue(tiny):
 def test_an_image_without_colour_is_loaded_with_a_warning(tiny, caplog):
     Image.open(tiny.image).convert("L").save(tiny.image)
     assert load(tiny).n_obs == 30
-    assert "has no colour" in caplog.text
+    assert "has no colour; spot positions were not checked" in caplog.text
 
 
 # --------------------------------------------------------------------------- microns
@@ -127,10 +132,6 @@ def test_visium_scale_is_100_um_a_pitch_whatever_the_radius():
 
 def test_visium_hd_scale_is_8_um_a_bin():
     assert slides.estimate_um_per_px(grid(29.0), "VisiumHD") == pytest.approx(8 / 29)
-
-
-def test_visium_hd_scale_follows_the_bin():
-    assert slides.estimate_um_per_px(grid(29.0), "VisiumHD", bin_um=16) == pytest.approx(16 / 29)
 
 
 def test_a_radius_that_contradicts_the_pitch_is_logged(caplog):
@@ -204,17 +205,17 @@ def test_coordinate_column_missing(tiny, column):
 
 def test_coordinate_not_a_number(tiny):
     rewrite(tiny.coord, lambda t: t.assign(xaxis=t["xaxis"].where(t["xaxis"] > 50)))
-    refuses(tiny, "6 spots have no number", tiny.coord)
+    refuses(tiny, "not a number.* for 6 spots", tiny.coord)
 
 
 def test_duplicate_spot_ids_in_coordinates(tiny):
     rewrite(tiny.coord, lambda t: pd.concat([t, t.iloc[:1]]))
-    refuses(tiny, "stands twice", tiny.coord)
+    refuses(tiny, "duplicate spot id", tiny.coord)
 
 
 def test_duplicate_spot_ids_in_annotation(tiny):
     rewrite(tiny.annotation, lambda t: pd.concat([t, t.iloc[:1]]))
-    refuses(tiny, "stands twice", tiny.annotation)
+    refuses(tiny, "duplicate spot id", tiny.annotation)
 
 
 def test_empty_coordinates(tiny):
@@ -277,6 +278,273 @@ def test_several_slides_need_a_name(tiny):
     adata.uns["spatial"]["second"] = {}
     with pytest.raises(DataError, match="holds 2 slides"):
         slides.um_per_px(adata)
+
+
+# --------------------------------------------------------------------------- your own slides
+
+
+@pytest.fixture
+def outs(tmp_path):
+    """A Space Ranger folder of 36 spots, as version 2 writes it."""
+    return made_own.space_ranger(tmp_path / "Mine")
+
+
+def test_space_ranger_with_the_full_image_counts_its_px(outs, tmp_path):
+    full = made_own.full_image(outs, tmp_path / "full.tif")
+    adata = slides.read_space_ranger(outs, image_file=full)
+    assert adata.obsm["spatial"][1].tolist() == [160.0, 100.0]
+    assert slides.um_per_px(adata) == pytest.approx(1.0)
+
+
+def test_space_ranger_without_it_counts_px_of_the_small_image(outs):
+    adata = slides.read_space_ranger(outs)
+    assert adata.obsm["spatial"][1].tolist() == [80.0, 50.0]
+    assert slides.um_per_px(adata) == pytest.approx(2.0)
+
+
+def test_space_ranger_reads_the_headerless_list_of_version_1(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    table = pd.read_csv(path)
+    path.unlink()
+    table.to_csv(outs / "spatial/tissue_positions_list.csv", header=False, index=False)
+    assert slides.read_space_ranger(outs).n_obs == 36
+
+
+def test_space_ranger_counts_keep_their_spots(outs):
+    adata = slides.read_space_ranger(outs)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5") as file:
+        total = file["matrix/data"][()].sum()
+    assert adata.X.sum() == total
+    assert adata.obs_names[0] == "Mine_ACGT0000-1"
+
+
+def test_space_ranger_repeated_symbols_are_added_up_and_logged(outs, caplog):
+    adata = slides.read_space_ranger(outs)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5") as file:
+        group = file["matrix"]
+        parts = (group[name][()] for name in ("data", "indices", "indptr"))
+        truth = sparse.csc_matrix(tuple(parts), shape=group["shape"][()]).toarray()
+    assert list(adata.var_names) == ["Ga", "Gb", "Gc", "Gd"]
+    assert adata.X[:, 3].toarray().ravel().tolist() == (truth[3] + truth[4]).tolist()
+    assert "1 gene symbols come more than once (Gd)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "filtered_feature_bc_matrix.h5",
+        "spatial/scalefactors_json.json",
+        "spatial/tissue_hires_image.png",
+        "spatial/tissue_positions.csv",
+    ],
+)
+def test_space_ranger_file_missing(outs, name):
+    (outs / name).unlink()
+    with pytest.raises(DataError, match=r"slide Mine, file \S*(outs|Mine)\S*: "):
+        slides.read_space_ranger(outs)
+
+
+def test_space_ranger_list_with_a_header_is_read_by_name(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    path.rename(outs / "spatial/tissue_positions_list.csv")
+    assert slides.read_space_ranger(outs).n_obs == 36
+
+
+def test_space_ranger_without_a_spot_on_tissue(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    pd.read_csv(path).assign(in_tissue=0).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"slide Mine, file .*only 0 spot ids"):
+        slides.read_space_ranger(outs)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tissue_hires_scalef": "x"}'])
+def test_space_ranger_scale_factors_that_are_none(outs, text):
+    path = outs / "spatial/scalefactors_json.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"slide Mine, file .*{path.name}: not Space Ranger"):
+        slides.read_space_ranger(outs)
+
+
+def test_space_ranger_position_missing(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    table = pd.read_csv(path)
+    table.loc[3, "pxl_row_in_fullres"] = np.nan
+    table.to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"tissue_positions.csv: .*position is missing"):
+        slides.read_space_ranger(outs)
+
+
+def test_space_ranger_matrix_cut_off(outs):
+    path = outs / "filtered_feature_bc_matrix.h5"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DataError, match="not a 10x count matrix"):
+        slides.read_space_ranger(outs)
+
+
+@pytest.fixture
+def h5ad(outs, tmp_path):
+    """The same slide as h5ad, with its image."""
+    return made_own.h5ad(outs, tmp_path / "mine.h5ad")
+
+
+def test_h5ad_has_the_books_columns(h5ad):
+    adata = slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+    assert {"slide", "donor", "group", "study", "label"} <= set(adata.obs)
+    assert slides.um_per_px(adata) == pytest.approx(2.0)
+
+
+def test_h5ad_takes_raw_counts_from_a_layer(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(h5ad[0])
+    again = slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+    assert again.X.sum() == adata.layers["counts"].sum()
+    assert genes.normalise(again).n_obs == again.n_obs
+
+
+def test_h5ad_normalised_counts_are_refused(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.X = adata.X * 0.3
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="normalised"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_nan_counts_are_refused(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.X.data[0] = np.nan
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="whole numbers"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, np.nan])
+def test_h5ad_with_a_senseless_scale(h5ad, scale):
+    with pytest.raises(DataError, match=r"slide mine.* is not a valid scale"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1], um_per_px=scale)
+
+
+def test_h5ad_of_an_unknown_array(h5ad):
+    with pytest.raises(DataError, match="unknown array 'visium'"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1], tech="visium")
+
+
+def test_h5ad_without_coordinates(h5ad):
+    adata = ad.read_h5ad(h5ad[0])
+    del adata.obsm["spatial"]
+    adata.write_h5ad(h5ad[0])
+    with pytest.raises(DataError, match="spatial"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_h5ad_symbols_come_from_a_column_and_repeated_ones_are_added_up(h5ad, caplog):
+    adata = ad.read_h5ad(h5ad[0])
+    adata.var["symbol"] = ["Ga", "Gb", "Gb", "Gd"]
+    adata.var_names = [f"ENSMUSG0000000000{i}" for i in range(4)]
+    adata.write_h5ad(h5ad[0])
+    assert slides.read_h5ad(h5ad[0], image_file=h5ad[1]).n_vars == 4
+    assert "named by ids (ENSMUSG00000000000)" in caplog.text
+    caplog.clear()
+    again = slides.read_h5ad(h5ad[0], image_file=h5ad[1], symbols="symbol")
+    assert list(again.var_names) == ["Ga", "Gb", "Gd"]
+    assert again.X.sum() == adata.X.sum()
+    assert "named by ids" not in caplog.text
+
+
+def test_h5ad_without_the_column_of_symbols(h5ad):
+    with pytest.raises(DataError, match=r"slide mine.* var has no column 'symbol'"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1], symbols="symbol")
+
+
+def test_h5ad_cut_off(h5ad):
+    h5ad[0].write_bytes(h5ad[0].read_bytes()[:3000])
+    with pytest.raises(DataError, match="not an h5ad"):
+        slides.read_h5ad(h5ad[0], image_file=h5ad[1])
+
+
+def test_visium_hd_bins_come_from_parquet_with_their_own_scale(outs):
+    path = outs / "spatial/tissue_positions.csv"
+    pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
+    path.unlink()
+    (outs / "spatial/scalefactors_json.json").write_text(
+        json.dumps({"bin_size_um": 16, "microns_per_pixel": 0.4, "tissue_hires_scalef": 0.5})
+    )
+    adata = slides.read_space_ranger(outs)
+    assert slides.um_per_px(adata) == pytest.approx(0.8)
+    assert slides.spot_side_px(adata) == pytest.approx(16 / 0.8)
+    assert adata.uns["spatial"]["Mine"]["metadata"]["tech"] == "VisiumHD"
+
+
+# --------------------------------------------------------------------------- the table of spots
+
+
+def as_slide(slide: str, table: pd.DataFrame) -> ad.AnnData:
+    table = table[table["slide"] == slide]
+    adata = ad.AnnData(np.zeros((len(table), 1)), obs=table.drop(columns=["x_px", "y_px"]))
+    adata.obsm["spatial"] = table[["x_px", "y_px"]].to_numpy()
+    adata.uns["spatial"] = {slide: {"um_per_px": UM_PER_PX}}
+    return adata
+
+
+def test_a_table_and_slides_tell_the_same():
+    table = spots()
+    adatas = {slide: as_slide(slide, table) for slide in SLIDES}
+    expected = slides.spot_table(table, SCALES)
+    for other in (
+        slides.spot_table(adatas),
+        slides.spot_table(table, adatas),
+        slides.spot_table(expected),
+    ):
+        pd.testing.assert_frame_equal(other, expected, check_dtype=False)
+    one = slides.spot_table(adatas["B1"])
+    pd.testing.assert_frame_equal(one, expected[expected["slide"] == "B1"], check_dtype=False)
+
+
+def test_microns_are_px_times_the_scale_of_the_slide():
+    scales = {slide: float(i + 1) for i, slide in enumerate(SLIDES)}
+    table = slides.spot_table(spots(), scales)
+    factor = table["slide"].map(scales)
+    np.testing.assert_allclose(table["y_um"], table["y_px"] * factor)
+    np.testing.assert_allclose(table["x_um"], table["x_px"] * factor)
+
+
+def test_a_slide_without_labels_may_come():
+    adata = as_slide("A1", spots())
+    del adata.obs["label"]
+    assert slides.spot_table(adata)["label"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="donor"), r"lacks \['donor'\]"),
+        (lambda t: t.drop(columns="x_px"), r"lacks \['x_px'\]"),
+        (lambda t: t.assign(donor=[None, *t["donor"][1:]]), "spot A1_0x0 has no donor"),
+        (lambda t: t.assign(donor=["Z", *t["donor"][1:]]), "slide A1.*more than one donor"),
+        (
+            lambda t: t.assign(x_px=[np.nan, *t["x_px"][1:]]),
+            "slide A1: spot A1_0x0 has no coordinates",
+        ),
+        (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate spot id A1_0x0"),
+        (lambda t: t.iloc[:0], "no spots"),
+    ],
+)
+def test_a_broken_table_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        slides.spot_table(change(spots()))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"A1": 2.0}, "slide A2: no um per px is known"),
+        ({**SCALES, "B1": 0.0}, "slide B1: 0.0 um per px is not a valid scale"),
+    ],
+)
+def test_a_scale_that_is_missing_or_zero_is_refused(scales, message):
+    with pytest.raises(DataError, match=message):
+        slides.spot_table(spots(), scales)
 
 
 # --------------------------------------------------------------------------- real slides

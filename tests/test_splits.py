@@ -1,12 +1,11 @@
 """Splits: nothing in training gives a tested spot away."""
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_spots import SCALES, SLIDES, UM_PER_PX, spots
+from made_spots import SCALES, SLIDES, spots
 from scipy.spatial.distance import cdist
 from sklearn.dummy import DummyClassifier
 from sklearn.model_selection import cross_val_score
@@ -245,63 +244,12 @@ def test_blocks_have_the_name_of_their_slide():
     assert (name.str.split(",").str[0] == spots()["slide"]).all()
 
 
-# --------------------------------------------------------------------------- who the spots are
-
-
-def adata_of(slide: str, table: pd.DataFrame) -> ad.AnnData:
-    table = table[table["slide"] == slide]
-    adata = ad.AnnData(np.zeros((len(table), 1)), obs=table.drop(columns=["x_px", "y_px"]))
-    adata.obsm["spatial"] = table[["x_px", "y_px"]].to_numpy()
-    adata.uns["spatial"] = {slide: {"um_per_px": UM_PER_PX}}
-    return adata
-
-
-def test_a_table_and_slides_tell_the_same():
-    table = spots()
-    adatas = {slide: adata_of(slide, table) for slide in SLIDES}
-    expected = spot_table(table, SCALES)
-    for other in (spot_table(adatas), spot_table(table, adatas), spot_table(expected)):
-        pd.testing.assert_frame_equal(other, expected, check_dtype=False)
-    one = spot_table(adatas["B1"])
-    pd.testing.assert_frame_equal(one, expected[expected["slide"] == "B1"], check_dtype=False)
-
-
-def test_microns_are_px_times_the_scale_of_the_slide():
-    scales = {slide: float(i + 1) for i, slide in enumerate(SLIDES)}
-    table = spot_table(spots(), scales)
-    factor = table["slide"].map(scales)
-    np.testing.assert_allclose(table["y_um"], table["y_px"] * factor)
-    np.testing.assert_allclose(table["x_um"], table["x_px"] * factor)
-
-
-def test_a_slide_without_labels_may_come():
-    adata = adata_of("A1", spots())
-    del adata.obs["label"]
-    assert spot_table(adata)["label"].isna().all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.drop(columns="donor"), r"lacks \['donor'\]"),
-        (lambda t: t.drop(columns="x_px"), r"lacks \['x_px'\]"),
-        (lambda t: t.assign(donor=[None, *t["donor"][1:]]), "spot A1_0x0 has no donor"),
-        (lambda t: t.assign(donor=["Z", *t["donor"][1:]]), "slide A1.*more than one donor"),
-        (lambda t: t.assign(x_px=[np.nan, *t["x_px"][1:]]), "slide A1: spot A1_0x0 has no place"),
-        (lambda t: pd.concat([t, t.iloc[:1]]), "spot A1_0x0 is there twice"),
-        (lambda t: t.iloc[:0], "no spots"),
-    ],
-)
-def test_a_broken_table_is_refused(change, message):
-    with pytest.raises(DataError, match=message):
-        spot_table(change(spots()))
+# --------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: spot_table(t, {"A1": 2.0}), "slide A2: no um per px is known"),
-        (lambda t: spot_table(t, {**SCALES, "B1": 0.0}), "slide B1: 0.0 um per px is no scale"),
         (lambda t: spatial_blocks(t), "needs the scale"),
         (lambda t: spatial_blocks(t, 1, um_per_px=SCALES), "n is 1, buffer_um is 400"),
         (lambda t: spatial_blocks(t, buffer_um=-1, um_per_px=SCALES), "buffer_um is -1"),

@@ -3,6 +3,9 @@
 A panel is a list of gene *names*, with the slides it was chosen on; a matrix of expression always
 travels with its names, as a DataFrame. Counts are normalised on the full library, before any gene
 is left out. Everything stays sparse until `select` has cut a slide down to one panel.
+
+`prepare` does what most chapters begin with; `hvg` and its relatives choose a panel; `select` takes
+its genes from a slide, by name.
 """
 
 from __future__ import annotations
@@ -23,65 +26,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TARGET_SUM = 1e4
+TARGET_SUM = 1e4  # counts per spot after scaling
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A named list of genes.
-
-    Attributes
-    ----------
-    name
-        Short name for tables and figures.
-    genes
-        Gene symbols, unique, the best first where the method ranks them.
-    method
-        How they were chosen, in words.
-    slides
-        The slides they were chosen on. A panel is fit for testing on other slides only.
-    """
-
-    name: str
-    genes: tuple[str, ...]
-    method: str
-    slides: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.genes, str) or isinstance(self.slides, str):
-            what = f"genes or slides of panel {self.name!r} are one text, read as single letters"
-            raise DataError(what, fix="give tuples of names")
-        if not self.genes:
-            raise DataError(f"panel {self.name!r} has no genes")
-        twice = pd.Index(self.genes)[pd.Index(self.genes).duplicated()].unique()
-        if len(twice):
-            raise DataError(f"panel {self.name!r} names genes more than once: {_some(twice)}")
+# --------------------------------------------------------------------------- counts
 
 
-def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
-    """Refuse a panel that was chosen with a slide which is to be tested on.
+def prepare(study: str | Mapping[str, AnnData]) -> dict[str, AnnData]:
+    """Load a study, drop the spots with next to no counts, and normalise the others.
 
     Parameters
     ----------
-    panel
-        The panel.
-    slides
-        Held-out slides; with a held-out donor, all slides of that donor.
+    study
+        A name that `helpers.slides.load_study` knows, or slides loaded already, by name.
 
-    Raises
-    ------
-    DataError
-        Naming the slides that the panel has seen; also for a bare name, which would be read as
-        letters.
+    Returns
+    -------
+    dict
+        By slide, in the study's order: what `drop_empty` and then `normalise` return. The images
+        are not read; their paths and scales are known.
     """
-    if isinstance(slides, str):
-        raise DataError(f"{slides!r} is one name, not a list of slides", fix=f"give [{slides!r}]")
-    seen = sorted(set(panel.slides) & set(slides))
-    if seen:
-        raise DataError(
-            f"panel {panel.name!r} was chosen with held-out slides: {_some(seen)}",
-            fix="choose the panel on the training slides alone",
-        )
+    if isinstance(study, str):
+        from helpers import slides
+
+        study = slides.load_study(study, image=False)
+    return {slide: normalise(drop_empty(adata)) for slide, adata in study.items()}
 
 
 def qc(adata: AnnData) -> pd.DataFrame:
@@ -95,9 +64,9 @@ def qc(adata: AnnData) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Rows are spots: `total_counts` (library size), `n_genes_by_counts` (genes seen at all) and
+        Rows are spots: `total_counts` (library size), `n_genes_by_counts` (genes with a count) and
         `pct_counts_mt` (per cent of counts from mitochondrial genes, symbols ``MT-`` or ``mt-``;
-        NaN when the table has none of them).
+        NaN when the slide has none of them).
     """
     import scanpy as sc
     from anndata import AnnData
@@ -111,7 +80,7 @@ def qc(adata: AnnData) -> pd.DataFrame:
 
 
 def drop_empty(adata: AnnData, min_counts: int = 100) -> AnnData:
-    """Leave out spots with next to no counts.
+    """Drop spots with next to no counts.
 
     A spot beside the tissue, or one whose reaction failed, may hold a single molecule. Scaled to a
     full library, that molecule becomes thousands and outweighs every other spot.
@@ -168,7 +137,8 @@ def normalise(adata: AnnData, target_sum: float = TARGET_SUM) -> AnnData:
     import scanpy as sc
 
     if "counts" in adata.layers or "log1p" in adata.uns:
-        raise DataError("the slide is normalised already", slide=_name(adata), fix="do it once")
+        fix = "normalise the slide as it was loaded"
+        raise DataError("the slide is normalised already", slide=_name(adata), fix=fix)
     counts = raw_counts(adata)
     result = adata.copy()
     result.X, result.layers["counts"] = counts.astype(np.float32), counts.copy()
@@ -183,18 +153,81 @@ def raw_counts(adata: AnnData) -> sparse.csr_matrix:
     Raises
     ------
     DataError
-        When there are none, or a gene symbol or the whole slide is not usable.
+        When the slide is empty, its values are not counts, or a gene symbol is repeated.
     """
     slide = _name(adata)
     X = sparse.csr_matrix(adata.layers.get("counts", adata.X))
     if 0 in X.shape:
-        raise DataError(f"the slide has {X.shape[0]} spots and {X.shape[1]} genes", slide=slide)
+        what = f"the slide is empty: it has {X.shape[0]} spots and {X.shape[1]} genes"
+        raise DataError(what, slide=slide, fix="check how it was loaded or subset")
     if not (np.isfinite(X.data) & (X.data >= 0) & (X.data == np.floor(X.data))).all():
         what = "X holds negative, fractional or infinite values or NaN, not counts"
         fix = "load the raw counts, or keep them in layers['counts'] as `normalise` does"
         raise DataError(what, slide=slide, fix=fix)
     _unique_symbols(adata)
     return X
+
+
+# --------------------------------------------------------------------------- panels
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A named list of genes.
+
+    Attributes
+    ----------
+    name
+        Short name for tables and figures.
+    genes
+        Gene symbols, unique, the best first where the method ranks them.
+    method
+        How they were chosen, in words.
+    slides
+        The slides they were chosen on. Test the panel on other slides only.
+    """
+
+    name: str
+    genes: tuple[str, ...]
+    method: str
+    slides: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.genes, str) or isinstance(self.slides, str):
+            what = f"genes or slides of panel {self.name!r} are one string, not names"
+            raise DataError(what, fix="give tuples of names")
+        if not self.genes:
+            raise DataError(f"panel {self.name!r} has no genes", fix="name at least one gene")
+        genes = pd.Index(self.genes)
+        if genes.has_duplicates:
+            twice = _some(genes[genes.duplicated()].unique())
+            what = f"panel {self.name!r} has duplicate genes: {twice}"
+            raise DataError(what, fix="name each gene once")
+
+
+def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
+    """Refuse a panel that was chosen with a slide that is held out for testing.
+
+    Parameters
+    ----------
+    panel
+        The panel.
+    slides
+        Held-out slides; with a held-out donor, all slides of that donor.
+
+    Raises
+    ------
+    DataError
+        When the panel has seen one of them, or `slides` is one string instead of a list.
+    """
+    if isinstance(slides, str):
+        raise DataError(f"{slides!r} is one name, not a list of slides", fix=f"give [{slides!r}]")
+    seen = sorted(set(panel.slides) & set(slides))
+    if seen:
+        raise DataError(
+            f"panel {panel.name!r} was chosen with held-out slides: {_some(seen)}",
+            fix="choose the panel on the training slides alone",
+        )
 
 
 def hvg(adata: AnnData, n: int = 128) -> Panel:
@@ -237,7 +270,7 @@ def overlap_hvg(
     Keep the genes that every slide measured, put all spots together, scale every spot to the same
     sum over these genes, log1p, and take the `n` genes of highest normalised dispersion (flavour
     ``seurat``, Satija et al. 2015, doi:10.1038/nbt.3192).
-    All spots count alike, whatever slide they come from: see `overlap_hvg_batch`.
+    All spots are pooled, whichever slide they come from; compare `overlap_hvg_batch`.
 
     Parameters
     ----------
@@ -256,7 +289,7 @@ def overlap_hvg(
     Raises
     ------
     DataError
-        When slides share no gene, or fewer than `n` genes with counts.
+        When the slides share no gene, or fewer than `n` genes with counts.
     """
     return _overlap(adatas, n, target_sum, batch=False)
 
@@ -270,8 +303,8 @@ def overlap_hvg_batch(
 
     As `overlap_hvg`, but dispersions are computed slide by slide, and genes are ranked by the
     number of slides in which they are among the `n` best, then by their mean dispersion
-    (scanpy's ``batch_key``). It picks other genes than the paper's way does: differences between
-    slides no longer count as variation.
+    (scanpy's ``batch_key``). Differences between slides no longer count as variation, so its genes
+    differ from those of the paper's way.
     """
     return _overlap(adatas, n, target_sum, batch=True)
 
@@ -364,8 +397,9 @@ def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
     for other in others:
         genes = genes[genes.isin(other.var_names)]
         if not len(genes):
-            what = f"shares no gene with the slides before it ({_some(slides)})"
-            raise DataError(what, slide=_name(other), fix="compare slides of one species")
+            what = f"it shares no gene with the slides before it ({_some(slides)})"
+            fix = "compare slides of one species, with genes named the same way"
+            raise DataError(what, slide=_name(other), fix=fix)
     return genes
 
 
@@ -387,8 +421,8 @@ def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
     Raises
     ------
     DataError
-        When the slide lacks genes of the panel. Filling them with zeros would say "not expressed"
-        where the truth is "not measured". Also when it names a gene more than once.
+        When the slide lacks genes of the panel (zeros would say "not expressed" where the truth is
+        "not measured"), or repeats a gene symbol.
     """
     _unique_symbols(adata)
     column = adata.var_names.get_indexer(panel.genes)
@@ -402,44 +436,6 @@ def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
         )
     values = sparse.csr_matrix(adata.X)[:, column].toarray().astype(np.float32, copy=False)
     return pd.DataFrame(values, index=adata.obs_names, columns=list(panel.genes))
-
-
-def jaccard(one: Panel | Iterable[str], two: Panel | Iterable[str]) -> float:
-    """Share of genes in both among genes in either, 0 to 1 (Jaccard index)."""
-    a, b = (set(x.genes if isinstance(x, Panel) else x) for x in (one, two))
-    if not a | b:
-        raise ValueError("both gene lists are empty")
-    return len(a & b) / len(a | b)
-
-
-def concatenated_ranks(
-    adatas: Mapping[str, AnnData] | Iterable[AnnData], n: int = 128
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Repeat a mistake: stack each slide's own HVGs by rank and lose their names.
-
-    Every slide gets its own `hvg` panel, columns in order of rank; the tables are put under each
-    other as bare numbers. Column j is then another gene in every slide. For chapter 3, which shows
-    what that does; nothing else in the book may use it.
-
-    Parameters
-    ----------
-    adatas
-        Slides from `normalise`.
-    n
-        Genes per slide.
-
-    Returns
-    -------
-    values : ndarray
-        float32, shape (spots of all slides, n), without names, as the mistake has it.
-    names : DataFrame
-        What the columns really are: rows are columns of `values` (rank 0 first), one column per
-        slide.
-    """
-    slides = _named(adatas)
-    panels = {slide: hvg(adata, n) for slide, adata in slides.items()}
-    values = np.vstack([select(a, panels[slide]).to_numpy() for slide, a in slides.items()])
-    return values, pd.DataFrame({slide: panel.genes for slide, panel in panels.items()})
 
 
 def _expressed(X: sparse.csr_matrix, genes: pd.Index, origin: Sequence[str]) -> AnnData:
@@ -461,7 +457,7 @@ def _name(adata: AnnData) -> str:
 
 
 def _seen(slides: Mapping[str, AnnData]) -> tuple[str, ...]:
-    """Slides the spots say they come from, whatever the key; the key where they say nothing."""
+    """Name the slides in ``obs["slide"]``, or the key where that column is missing."""
     names = [a.obs["slide"].unique() if "slide" in a.obs else [key] for key, a in slides.items()]
     return tuple(dict.fromkeys(str(name) for some in names for name in some))
 
@@ -469,7 +465,7 @@ def _seen(slides: Mapping[str, AnnData]) -> tuple[str, ...]:
 def _unique_symbols(adata: AnnData) -> None:
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].unique()
-        what = f"gene symbols come more than once: {_some(twice)}"
+        what = f"duplicate gene symbols: {_some(twice)}"
         raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
@@ -482,15 +478,17 @@ def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2) ->
         slides = {_name(adata): adata for adata in given}
         if len(slides) < len(given) or "unnamed" in slides:
             fix = "fill obs['slide'], or pass a dict of slides by name"
-            raise DataError("slides without a name of their own", fix=fix)
+            raise DataError("two slides have the same name, or one has none", fix=fix)
     if len(slides) < least:
-        raise DataError(f"{len(slides)} slides given where several are compared")
+        what = f"{len(slides)} slides given, at least {least} needed"
+        raise DataError(what, fix="give all slides to be compared")
     return slides
 
 
 def _enough(n: int, available: int, slides: Iterable[str]) -> None:
     if not 0 < n <= available:
-        raise DataError(f"{n} genes asked for, {available} with counts on slides: {_some(slides)}")
+        what = f"{n} genes asked for, {available} with counts on slides: {_some(slides)}"
+        raise DataError(what, fix=f"ask for 1 to {available} genes")
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
