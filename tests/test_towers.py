@@ -201,7 +201,7 @@ def test_more_than_tensors_is_refused_and_never_run(tmp_path, monkeypatch, conte
 
 
 def test_weights_that_are_not_there(tmp_path) -> None:
-    with pytest.raises(DataError, match="this file of weights does not exist"):
+    with pytest.raises(DataError, match="there is no such file of weights"):
         towers.load("clip", weights=tmp_path / "nowhere.safetensors")
 
 

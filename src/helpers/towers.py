@@ -265,7 +265,7 @@ def find_weights(known: Card, pretrained: bool, weights: Path | str | None) -> P
     if weights is not None:
         if not Path(weights).is_file():
             raise DataError(
-                "this file of weights does not exist", file=Path(weights), fix="check the path"
+                "there is no such file of weights", file=Path(weights), fix="check the path"
             )
         return Path(weights)
     if not pretrained or known is CARDS["mini"]:
