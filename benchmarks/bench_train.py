@@ -201,7 +201,7 @@ def published(way: Way, folder: Path, tower: str, device: str = "cpu") -> Iterat
     """Train as published, an epoch at a time."""
     import torch
 
-    from helpers.contrast import embed_views, info_nce
+    from helpers.contrast import embed_pairs, info_nce
     from helpers.metrics import recall
 
     validation = _validation(folder)
@@ -229,9 +229,7 @@ def published(way: Way, folder: Path, tower: str, device: str = "cpu") -> Iterat
         loss.item()  # a GPU may still be at work
         facts = {"seconds": time.perf_counter() - start, "tiles": tiles}
         if validation is not None:
-            found = recall(
-                *embed_views(model, validation.tiles, validation.other, "fp32"), ks=(10,)
-            )
+            found = recall(*embed_pairs(model, validation, device, "fp32"), ks=(10,))
             facts["times_chance"] = float(found["times_chance"].mean())
         yield facts
 

@@ -110,24 +110,22 @@ def train(adatas: dict, study: str, donor: str, how: dict) -> training.HeldOut:
     if "n_genes" in how:  # a frozen tower is enough to compare panels, and takes seconds
         settings = replace(settings, epochs=10, augment=0.0)
         options |= {"tower": "colour", "settings": settings, "n_genes": how["n_genes"]}
-        return training.leave_donor_out(
-            adatas, donor, choose=getattr(genes, how["choose"]), **options
-        )
+        return training.leave_out(adatas, donor, panel=getattr(genes, how["choose"]), **options)
     if how.get("choose") == "hvg":
         shared = genes.shared_genes(adatas)
         first = next(s for s, a in adatas.items() if str(a.obs["donor"].iloc[0]) != donor)
-        options["choose"] = genes.hvg(adatas[first][:, shared].copy(), 128)
+        options["panel"] = genes.hvg(adatas[first][:, shared].copy(), 128)
     elif how.get("choose") == "overlap_hvg":
-        options |= {"choose": genes.overlap_hvg, "n_genes": 100}
+        options |= {"panel": genes.overlap_hvg, "n_genes": 100}
     if "blocks" in how:
-        start = training.leave_donor_out_captions(
-            adatas, donor, side_um=catalog.study(study).side_um
+        start = training.leave_out(
+            adatas, donor, view="captions", side_um=catalog.study(study).side_um
         ).fitted.model.image
         options |= {
             "tower": start,
             "settings": replace(settings, train_blocks=how["blocks"], epochs=settings.epochs // 3),
         }
-    return training.leave_donor_out(adatas, donor, **options)
+    return training.leave_out(adatas, donor, **options)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -67,17 +67,21 @@ class Study:
 
     def of_genes(self, fold: splits.Fold) -> np.ndarray:
         """Expression of a panel chosen on the training spots of a fold, standardised by slide."""
-        _, panel = training.training_panel(self.done, self.spots, fold, n_genes=self.n_genes)
+        shared, trained = genes.shared_genes(self.done), self.spots.index[fold.train]
+        parts = {s: a[a.obs_names.isin(trained), shared] for s, a in self.done.items()}
+        parts = {slide: part for slide, part in parts.items() if part.n_obs}
+        panel = genes.shared_hvg(parts, self.n_genes)
         cut = tiles.cut_study(self.done, side_um=self.side_um)
         pairs = contrast.pair(self.done, cut, panel, standardise=True)
         table = pd.DataFrame(pairs.other, pairs.spots.index)
         return table.loc[self.spots.index].to_numpy()
 
-    def refitted(self, seed: int) -> Callable[[splits.Fold], np.ndarray]:
-        """Features of a tower fitted anew, with the settings of chapter 7."""
+    def refitted(self, seed: int, fold: splits.Fold) -> np.ndarray:
+        """Features of a tower trained within a fold, with the settings of chapter 7."""
         settings = replace(contrast.BOOK, keep="last", seed=seed)
         how = {"side_um": self.side_um, "n_genes": self.n_genes, "settings": settings}
-        return training.features_by_fold(self.done, self.spots, **how)
+        held_out = training.leave_out(self.done, fold, spots=self.spots, **how)
+        return towers.embed(held_out.fitted.model.image, self.tiles(), cache=True)
 
 
 def train_one(name: str, seed: int, rung: str, at: int) -> str:
@@ -85,7 +89,7 @@ def train_one(name: str, seed: int, rung: str, at: int) -> str:
     torch.set_num_threads(1)
     study = Study(name)
     fold = study.rungs[rung].folds[at]
-    study.refitted(seed)(fold)
+    study.refitted(seed, fold)
     return f"{name}, seed {seed}, {rung}, {fold.name}"
 
 
@@ -115,7 +119,7 @@ def features(study: Study) -> Iterator[tuple[str, int, tuple[str, ...], object, 
         rungs = every if seed == 0 else tuple(r for r in every if r == GAP[1])
         yield "before", seed, rungs, before, None
         if rungs:
-            yield "fine-tuned", seed, rungs, study.refitted(seed), None
+            yield "fine-tuned", seed, rungs, partial(study.refitted, seed), None
     for name in PRETRAINED:
         yield name, 0, every, partial(pretrained, study, name), None
 

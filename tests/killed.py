@@ -1,10 +1,10 @@
-"""Started from test_contrast.py: a training that is killed in the middle of an epoch."""
+"""Started from test_training.py: a training that is killed in the middle of an epoch."""
 
 import os
 import signal
 
 import torch
-from test_contrast import QUICK, model_of, study
+from test_training import QUICK, model_of, study
 
 from helpers import training
 

@@ -1,15 +1,7 @@
-"""The two-tower model, its training, and the ways it must refuse to train."""
+"""Pairs joined by name and kept apart, augmentation, captions, settings, model and loss."""
 
-import json
-import logging
 import math
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -17,85 +9,339 @@ import open_clip.loss
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from scipy import sparse
 from torch import nn
 
-from helpers import contrast, genes, slides, training
-from helpers.contrast import BOOK, PAPER, Pairs, Settings, TwoTowers, info_nce
+from helpers import contrast, genes, towers
+from helpers.contrast import (
+    NUMBERS,
+    Pairs,
+    Settings,
+    TwoTowers,
+    augment,
+    check_apart,
+    info_nce,
+    pair,
+)
 from helpers.files import DataError
 from helpers.metrics import recall
-from helpers.towers import GeneTower, TextTower, load_clip
-from helpers.training import fit
+from helpers.tiles import Tiles
 
-HERE = Path(__file__).parent
-PANEL = genes.Panel("ten", tuple(f"G{i}" for i in range(10)), "by hand", ("A1", "A2"))
-QUICK = Settings(
-    epochs=4, batch_size=24, lr=5e-3, dim=8, augment=0.0, precision="fp32", micro_batch=None
+GENES = ["Ga", "Gb", "Gc", "Gd"]
+
+
+def slide(name: str, donor: str = "D1", n: int = 6, seed: int = 0) -> ad.AnnData:
+    """A slide of raw counts, its spots in an order of their own."""
+    rng = np.random.default_rng(seed)
+    obs = pd.DataFrame(index=[f"{name}_{i}" for i in rng.permutation(n)])
+    for key, value in {"slide": name, "donor": donor, "group": donor}.items():
+        obs[key] = value
+    obs["label"] = [f"layer {i[-1]}" for i in obs.index]
+    X = sparse.csr_matrix(rng.poisson(3.0, (n, 4)).astype(np.float32))
+    return ad.AnnData(X, obs=obs, var=pd.DataFrame(index=GENES))
+
+
+def tiles_of(*adatas: ad.AnnData, drop: tuple[str, ...] = ()) -> Tiles:
+    """Tiles whose grey value is the number of the spot, in the order of the numbers."""
+    spots = sorted(s for a in adatas for s in a.obs_names if s not in drop)
+    index = pd.DataFrame({"slide": [s.rsplit("_", 1)[0] for s in spots]}, index=spots)
+    number = np.array([int(s.rsplit("_", 1)[1]) for s in spots])
+    index["x_px"], index["y_px"], index["row"] = number, -number, np.arange(len(spots))
+    array = np.repeat(number.astype(np.uint8), 4 * 4 * 3).reshape(-1, 4, 4, 3)
+    return Tiles(array, index, {})
+
+
+@pytest.fixture
+def study() -> dict[str, ad.AnnData]:
+    slides = {"A": slide("A"), "B": slide("B", "D2", 5, seed=1)}
+    return {name: genes.normalise(a) for name, a in slides.items()}
+
+
+PANEL = genes.Panel("some", ("Gc", "Ga"), "by hand", ("A",))
+
+
+def test_rows_are_joined_by_slide_and_spot(study):
+    pairs = pair(study, tiles_of(*study.values(), drop=("A_3",)), PANEL)
+    assert len(pairs) == 10
+    assert "A_3" not in pairs.spots.index
+    for i, (spot, row) in enumerate(pairs.spots.iterrows()):
+        adata = study[row["slide"]]
+        expected = adata[spot, ["Gc", "Ga"]].X.toarray().ravel()
+        np.testing.assert_array_equal(pairs.other[i], expected)
+        assert (pairs.tiles[i] == int(spot[-1])).all()
+        assert (row["x_px"], row["label"]) == (int(spot[-1]), f"layer {spot[-1]}")
+        assert row["donor"] == adata.obs["donor"].iloc[0]
+    assert pairs.other.dtype == np.float32
+
+
+def test_slides_without_tiles_and_tiles_without_slides(study):
+    both = tiles_of(*study.values())
+    assert set(pair({"A": study["A"]}, both, PANEL).spots["slide"]) == {"A"}
+    with pytest.raises(DataError, match=r"slide B.*no spot has a tile"):
+        pair(study, tiles_of(study["A"]), PANEL)
+
+
+def test_bad_slides_are_named(study):
+    every = tiles_of(*study.values())
+    with pytest.raises(DataError, match=r"slide B.*not normalised"):
+        pair({**study, "B": slide("B", "D2", 5, seed=1)}, every, PANEL)
+    with pytest.raises(DataError, match=r"slide B.*Ga"):
+        pair({**study, "B": study["B"][:, ["Gb", "Gc", "Gd"]].copy()}, every, PANEL)
+    broken = study["B"].copy()
+    broken.X = broken.X.toarray()
+    broken.X[2, 0] = np.nan
+    with pytest.raises(DataError, match=rf"slide B.*spot {broken.obs_names[2]}, gene Ga"):
+        pair({**study, "B": broken}, every, PANEL)
+    mixed = study["B"].copy()
+    mixed.obs["donor"] = ["D2"] * 4 + ["D1"]
+    with pytest.raises(DataError, match=r"slide B.*one donor for all spots"):
+        pair({**study, "B": mixed}, every, PANEL)
+
+
+def test_what_does_not_fit_makes_no_pairs(study):
+    pairs = pair(study, tiles_of(*study.values()), PANEL)
+    with pytest.raises(DataError, match="cannot be paired"):
+        Pairs(pairs.tiles[:-1], pairs.other, pairs.spots)
+    with pytest.raises(DataError, match="float64"):
+        Pairs(pairs.tiles, pairs.other.astype(float), pairs.spots)
+    with pytest.raises(DataError, match=r"lacks \['donor'\]"):
+        Pairs(pairs.tiles, pairs.other, pairs.spots.drop(columns="donor"))
+    with pytest.raises(DataError, match="1 columns for 2 genes"):
+        Pairs(pairs.tiles, pairs.other[:, :1], pairs.spots, PANEL)
+
+
+def test_some_of_the_pairs(study):
+    pairs = pair(study, tiles_of(*study.values()), PANEL)
+    only = pairs.of(["B"])
+    assert list(only.spots.index) == [f"B_{i}" for i in range(5)]
+    assert np.shares_memory(only.tiles, pairs.tiles)  # one run of rows: not copied
+    mask = pairs.spots["donor"] == "D1"
+    assert list(pairs.of(mask).spots.index) == [f"A_{i}" for i in range(6)]
+    rows = [9, 0, 4]
+    some = pairs.of(rows)
+    np.testing.assert_array_equal(some.other, pairs.other[rows])
+    np.testing.assert_array_equal(some.tiles, pairs.tiles[rows])
+    with pytest.raises(DataError, match="no pair comes from"):
+        pairs.of(["B", "Z"])
+    with pytest.raises(DataError, match="no pair is selected"):
+        pairs.of(pairs.spots["donor"] == "D9")
+
+
+def test_training_is_kept_apart_from_validation(study):
+    pairs = pair(study, tiles_of(*study.values()), PANEL)
+    check_apart(pairs.of(["A"]), pairs.of(["B"]))
+    with pytest.raises(DataError, match=r"share the slide A"):
+        check_apart(pairs.of([0, 1, 6]), pairs.of([2, 3]))
+    near = pairs.spots.copy()
+    near["group"] = "same block"
+    adjacent = Pairs(pairs.tiles, pairs.other, near, PANEL)
+    with pytest.raises(DataError, match=r"share the group same block.*\['A'\].*\['B'\]"):
+        check_apart(adjacent.of(["A"]), adjacent.of(["B"]))
+    with pytest.raises(DataError, match=r"panel 'some' was chosen with held-out slides: A"):
+        check_apart(pairs.of(["B"]), pairs.of(["A"]))
+    turned = genes.Panel("turned", ("Ga", "Gc"), "by hand", ())
+    other = pair(study, tiles_of(*study.values()), turned)
+    with pytest.raises(DataError, match="different genes"):
+        check_apart(pairs.of(["A"]), other.of(["B"]))
+
+
+# --------------------------------------------------------------------------- augmentation
+
+
+def drawn(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(64, 3, 6, 6, generator=drawn(1))
+
+
+def test_augmented_tiles_are_tiles(pixels):
+    for strength, crop in [(1, 0), (5, 0.5), (0, 0.5)]:
+        result = augment(pixels, drawn(), strength, crop)
+        assert result.shape == pixels.shape
+        assert result.dtype == pixels.dtype
+        assert 0 <= result.min() <= result.max() <= 1
+    assert augment(pixels, drawn(), 0) is pixels
+
+
+def test_turns_are_exact_and_all_eight_come(pixels):
+    tile = pixels[:1].repeat(400, 1, 1, 1)
+    turned = augment(tile, drawn(), 1e-12)  # next to no change of stain
+    whole = tile[0].flatten(1).sort(dim=1).values
+    torch.testing.assert_close(turned.flatten(2).sort(dim=2).values, whole.expand(400, -1, -1))
+    seen = {tuple((t * 1000).round().int().flatten().tolist()) for t in turned}
+    square = pixels[0]
+    ways = [torch.rot90(s, k, (1, 2)) for s in (square, square.flip(2)) for k in range(4)]
+    assert seen == {tuple((w * 1000).round().int().flatten().tolist()) for w in ways}
+
+
+def test_every_tile_for_itself_and_the_same_again(pixels):
+    tile = pixels[:1].repeat(50, 1, 1, 1)
+    result = augment(tile, drawn(), 1, 0.2)
+    assert len({tuple(t.flatten().tolist()) for t in result}) == 50
+    torch.testing.assert_close(augment(tile, drawn(), 1, 0.2), result, rtol=0, atol=0)
+    assert not torch.equal(augment(tile, drawn(1), 1, 0.2), result)
+
+
+def test_a_part_is_as_the_whole(pixels):
+    numbers = torch.rand(64, NUMBERS, generator=drawn())
+    whole = augment(pixels, numbers, 1, 0.3)
+    torch.testing.assert_close(augment(pixels[9:20], numbers[9:20], 1, 0.3), whole[9:20])
+
+
+def test_stain_changes_and_glass_stays_white():
+    glass = augment(torch.ones(99, 3, 4, 4), drawn(), 1)
+    assert glass.min() > np.exp(-0.051)
+    assert torch.allclose(glass, glass.mean(1, keepdim=True), atol=1e-6)  # not tinted
+    purple = torch.tensor([0.55, 0.35, 0.65]).view(1, 3, 1, 1).expand(99, 3, 4, 4)
+    changed = augment(purple, drawn(), 1)
+    assert changed[:, :, 0, 0].std(0).min() > 0.02
+    double = augment(purple, drawn(), 2)
+    assert (double - purple).abs().mean() > 1.5 * (changed - purple).abs().mean()
+
+
+def test_cropping_enlarges():
+    ramp = torch.linspace(0, 1, 32).expand(200, 3, 32, 32)
+    cropped = augment(ramp, drawn(), 0, 0.5)
+    span = cropped.amax((1, 2, 3)) - cropped.amin((1, 2, 3))
+    assert 0.4 < span.min() < 0.6
+    assert span.max() > 0.9
+
+
+# --------------------------------------------------------------------------- captions
+
+
+BLUE, PINK, GLASS = (90, 80, 150), (235, 130, 180), (245, 245, 245)
+
+
+def painted(*colours: tuple[int, int, int]) -> np.ndarray:
+    """One tile of 8 px per colour."""
+    return np.stack([np.full((8, 8, 3), colour, np.uint8) for colour in colours])
+
+
+def spots_of(slides_of: list[str], labels: list) -> pd.DataFrame:
+    table = pd.DataFrame({"slide": slides_of, "label": labels})
+    table["donor"] = table["group"] = table["slide"].str[0]
+    table["x_px"] = table["y_px"] = 0.0
+    return table.set_index("s" + table.index.astype(str))
+
+
+def shade(colour: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
+    """A stain of another amount: optical densities add up."""
+    return tuple(round(255 * (c / 255) ** amount) for c in colour)
+
+
+def test_a_caption_by_hand() -> None:
+    dark, middle, light = (shade(BLUE, amount) for amount in (1.0, 0.6, 0.2))
+    spots = spots_of(["A1"] * 3, ["Layer 1", "Layer 2", np.nan])
+    said = contrast.captions(painted(dark, middle, light), spots)
+    assert said.index.equals(spots.index)
+    nuclei = ["Layer 1 with many nuclei", "Layer 2 with some nuclei", "tissue with few nuclei"]
+    assert [sentence.split(" on ")[0] for sentence in said] == nuclei
+
+
+def test_ground_follows_the_eosin() -> None:
+    tiles = painted(*(shade(PINK, amount) for amount in (0.3, 1.0, 1.8)))
+    said = contrast.captions(tiles, spots_of(["A1"] * 3, ["x"] * 3))
+    ground = ["pale ground", "pink ground", "deep pink ground"]
+    assert [sentence.split(" on ")[1] for sentence in said] == ground
+
+
+@pytest.mark.parametrize("n", [3, 6, 30])
+def test_thirds_are_thirds(n: int) -> None:
+    tiles = painted(*(shade(BLUE, 0.2 + amount) for amount in np.linspace(0, 1, n)))
+    said = contrast.captions(tiles, spots_of(["A1"] * n, ["x"] * n))
+    counts = said.str.extract(r"with (\w+) nuclei")[0].value_counts()
+    assert counts.to_dict() == dict.fromkeys(contrast.NUCLEI_WORDS, n // 3)
+
+
+def test_words_are_relative_to_the_slide() -> None:
+    """A slide stained twice as strongly gets the same words, in any order of its rows."""
+    amounts = np.array([0.2, 0.3, 0.4])
+    tiles = painted(*(shade(BLUE, a) for a in (*amounts, *2 * amounts)))
+    order = [4, 0, 2, 5, 1, 3]
+    spots = spots_of(["A1"] * 3 + ["B1"] * 3, ["x"] * 6)
+    said = contrast.captions(tiles[order], spots.iloc[order])[spots.index].str.split(" on ").str[0]
+    assert said.iloc[:3].tolist() == said.iloc[3:].tolist()
+    assert said.iloc[:3].nunique() == 3
+
+
+def test_labels_may_be_categories_and_may_be_missing() -> None:
+    spots = spots_of(["A1"] * 3, pd.Categorical(["L1", None, "L1"]))
+    said = contrast.captions(painted(BLUE, PINK, GLASS), spots)
+    assert said.str.split(" with ").str[0].tolist() == ["L1", "tissue", "L1"]
+    spots = spots_of(["A1"] * 2, [np.nan, np.nan])
+    assert contrast.captions(painted(BLUE, PINK), spots).str.startswith("tissue with").all()
+
+
+def test_tiles_and_spots_must_be_as_many() -> None:
+    with pytest.raises(DataError, match="2 tiles and 3 spots"):
+        contrast.captions(painted(BLUE, PINK), spots_of(["A1"] * 3, ["x"] * 3))
+
+
+def test_tokens() -> None:
+    spots = spots_of(["A1"] * 3, ["Layer 1", "Layer 1", np.nan])
+    tiles = painted(BLUE, PINK, GLASS)
+    bare = Pairs(tiles, np.empty((3, 0), np.float32), spots)
+    pairs = contrast.with_captions(bare)
+    assert pairs.other.shape == (3, 32)
+    assert pairs.other.dtype == np.int64
+    assert pairs.panel is None
+    assert pairs.spots["caption"].tolist() == contrast.captions(tiles, spots).tolist()
+    assert "caption" not in bare.spots
+    expected = towers.load_clip("mini", pretrained=False)[1](pairs.spots["caption"].tolist())
+    assert (pairs.other == expected.numpy()).all()
+    assert contrast.with_captions(bare, context=20).other.shape == (3, 20)
+
+
+# --------------------------------------------------------------------------- model and loss
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 1}, "no negatives"),
+        ({"optimiser": "sgd"}, "one of"),
+        ({"schedule": "linear"}, "one of"),
+        ({"precision": "fp16"}, "one of"),
+        ({"epochs": 0}, "1 or more"),
+        ({"micro_batch": 0}, "1 or more"),
+        ({"temperature": 0.0}, "or more"),
+        ({"keep": "last", "patience": 2}, "patience=None"),
+    ],
 )
+def test_settings_that_make_no_sense(wrong, message):
+    with pytest.raises(DataError, match=message):
+        replace(contrast.BOOK, **wrong)
 
 
 class Small(nn.Module):
-    """An image tower of two layers, for tiles of 6 px."""
+    """A tower of one layer, for tiles of 6 px."""
 
     width = 16
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(108, 16), nn.GELU(), nn.LayerNorm(16))
-        self.drop, self.seen = nn.Dropout(dropout), 0
+        self.layer = nn.Linear(108, 16)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.seen += len(pixels)
-        return self.drop(self.layers(pixels.flatten(1) - 0.5))
+        return self.layer(pixels.flatten(1))
 
 
-def model_of(dropout: float = 0.1, settings: Settings = QUICK, kind: str = "mlp") -> TwoTowers:
-    torch.manual_seed(3)
-    other = GeneTower(PANEL.genes, kind, width=settings.dim, hidden=16, dropout=dropout)
-    return TwoTowers(Small(), other, settings)
-
-
-def study(n: int = 24, seed: int = 0) -> tuple[Pairs, Pairs]:
-    """Two slides to train on and one to validate on; tiles and genes show the same 4 numbers."""
-    rng = np.random.default_rng(seed)
-    slides = np.repeat(["A1", "A2", "B1"], n)
-    hidden = rng.normal(size=(len(slides), 4))
-    light = 128 + 40 * hidden @ rng.normal(size=(4, 108)) / 2
-    tiles = light.clip(0, 255).astype(np.uint8).reshape(-1, 6, 6, 3)
-    expression = (5 + hidden @ rng.normal(size=(4, 10))).astype(np.float32)
-    spots = pd.DataFrame({"slide": slides}, index=[f"{s}_{i}" for i, s in enumerate(slides)])
-    spots["donor"] = spots["group"] = spots["slide"].str[0]
-    spots["label"], spots["x_px"], spots["y_px"] = "layer", 0.0, 0.0
-    pairs = Pairs(tiles, expression, spots, PANEL)
-    return pairs.of(["A1", "A2"]), pairs.of(["B1"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path / "cache"))
-
-
-def same(one: nn.Module, two: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
-    a, b = one.state_dict(), two.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def different(one: nn.Module, two: nn.Module) -> bool:
-    a, b = one.state_dict(), two.state_dict()
-    return any(not torch.equal(a[name], b[name]) for name in a)
-
-
-def curve(history: pd.DataFrame) -> pd.DataFrame:
-    """What a history says, but for how long it took."""
-    timed = history["measure"].isin(["seconds", "tiles per second"])
-    return history[~timed].reset_index(drop=True)
-
-
-# --------------------------------------------------------------------------- loss and score
+def test_model_makes_unit_vectors_from_its_seed_alone():
+    settings = Settings(dim=8)
+    before = torch.get_rng_state()
+    one, two = TwoTowers(Small(), Small(), settings), TwoTowers(Small(), Small(), settings)
+    assert torch.equal(one.image_head.weight, two.image_head.weight)
+    other = TwoTowers(Small(), Small(), replace(settings, seed=1))
+    assert not torch.equal(one.image_head.weight, other.image_head.weight)
+    torch.set_rng_state(before)
+    pixels = torch.rand(5, 3, 6, 6)
+    torch.testing.assert_close(one.embed_images(pixels).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(one.embed_other(pixels).norm(dim=1), torch.ones(5))
+    assert one.scale.item() == pytest.approx(1 / 0.07)
 
 
 def test_loss_of_two_pairs_by_hand():
@@ -148,612 +394,3 @@ def test_recall_in_blocks_and_of_nan():
     image[7, 2] = torch.nan
     with pytest.raises(DataError, match="NaN"):
         recall(image, other)
-
-
-# --------------------------------------------------------------------------- settings and model
-
-
-def test_paper_is_what_the_paper_did():
-    assert (PAPER.optimiser, PAPER.lr, PAPER.weight_decay) == ("adam", 5e-5, 0.2)
-    assert (PAPER.betas, PAPER.eps) == ((0.9, 0.98), 1e-6)
-    assert (PAPER.batch_size, PAPER.epochs, PAPER.dim) == (1024, 15, 32)
-    assert (PAPER.encoder, PAPER.temperature, PAPER.max_scale) == ("linear", 0.07, None)
-    assert (PAPER.warmup, PAPER.schedule, PAPER.augment, PAPER.crop) == (0.0, "constant", 0, 0)
-    assert (PAPER.precision, PAPER.keep, PAPER.train_blocks) == ("fp32", "last", None)
-    model = model_of(settings=replace(PAPER, dim=8), kind="linear")
-    assert isinstance(model.other_head, nn.Identity)  # the gene encoder is one linear layer
-    groups = training._optimiser(model, PAPER).param_groups
-    assert [g["weight_decay"] for g in groups] == [0.2]
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-
-
-def test_adamw_spares_biases_norms_and_temperature():
-    model = model_of()
-    groups = training._optimiser(model, replace(QUICK, tower_lr=0.1)).param_groups
-    spared = [p for g in groups if g["weight_decay"] == 0 for p in g["params"]]
-    assert {id(p) for p in spared} == {id(p) for p in model.parameters() if p.ndim < 2}
-    slow = [p for g in groups if g["factor"] == 0.1 for p in g["params"]]
-    assert {id(p) for p in slow} == {id(p) for p in model.image.parameters()}
-
-
-def test_learning_rate_climbs_and_falls():
-    settings = replace(QUICK, epochs=10, lr=1.0, warmup=0.2, schedule="cosine")
-    rates = [training._rate(step, 10, settings) for step in range(100)]
-    assert np.argmax(rates) == 20
-    assert rates[20] == 1.0
-    assert (np.diff(rates[:21]) > 0).all()
-    assert (np.diff(rates[20:]) < 0).all()
-    assert rates[-1] < 1e-3
-    constant = replace(settings, schedule="constant", warmup=0.0)
-    assert {training._rate(step, 10, constant) for step in range(100)} == {1.0}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"batch_size": 1}, "no negatives"),
-        ({"optimiser": "sgd"}, "one of"),
-        ({"schedule": "linear"}, "one of"),
-        ({"precision": "fp16"}, "one of"),
-        ({"epochs": 0}, "1 or more"),
-        ({"micro_batch": 0}, "1 or more"),
-        ({"temperature": 0.0}, "or more"),
-        ({"keep": "last", "patience": 2}, "patience=None"),
-    ],
-)
-def test_settings_that_make_no_sense(wrong, message):
-    with pytest.raises(DataError, match=message):
-        replace(BOOK, **wrong)
-
-
-def test_model_makes_unit_vectors_from_its_seed_alone():
-    before = torch.get_rng_state()
-    one, two = TwoTowers(Small(), Small(), QUICK), TwoTowers(Small(), Small(), QUICK)
-    assert torch.equal(one.image_head.weight, two.image_head.weight)
-    other = TwoTowers(Small(), Small(), replace(QUICK, seed=1))
-    assert not torch.equal(one.image_head.weight, other.image_head.weight)
-    torch.set_rng_state(before)
-    pixels = torch.rand(5, 3, 6, 6)
-    torch.testing.assert_close(one.embed_images(pixels).norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(one.embed_other(pixels).norm(dim=1), torch.ones(5))
-    assert one.scale.item() == pytest.approx(1 / 0.07)
-
-
-def test_batches():
-    slides = np.repeat(["a", "b", "c"], [50, 30, 9])
-    settings = replace(QUICK, batch_size=20)
-
-    def batches(epoch=1, world=1, **changes):
-        return training._batches(slides, replace(settings, **changes), epoch, world)
-
-    assert list(map(len, batches())) == [20, 20, 20, 20]  # 9 are less than half of 20
-    assert list(map(len, batches(batch_size=26))) == [26, 26, 26]
-    assert list(map(len, batches(batch_size=25))) == [25, 25, 25, 14]
-    assert list(map(len, batches(batch_size=1000))) == [89]
-    assert list(map(len, batches(batch_size=1000, world=2))) == [88]
-    rows = torch.cat(batches())
-    assert len(rows.unique()) == 80
-    assert torch.equal(rows, torch.cat(batches()))
-    assert not torch.equal(rows, torch.cat(batches(epoch=2)))
-    assert not torch.equal(rows, torch.cat(batches(seed=1)))
-    alone = batches(same_slide=True)
-    assert all(len(set(slides[b])) == 1 for b in alone)
-    assert sorted(map(len, alone)) == [9, 10, 10, 20, 20, 20]
-
-
-# --------------------------------------------------------------------------- training
-
-
-def test_training_learns_and_says_how():
-    train, validation = study(100)
-    model = model_of()
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    said = []
-    settings = replace(QUICK, epochs=15)
-    fitted = fit(model, train, validation, settings, on_epoch=said.append)
-    history = fitted.history
-    found = history[(history["measure"] == "recall") & (history["k"] == 10)]
-    best = found.groupby("epoch")["value"].mean()
-    assert best.max() > 4 * found["chance"].iloc[0] > 0
-    assert best.drop(0).idxmax() == fitted.best_epoch
-    assert found["direction"].nunique() == 2
-    loss = history[history["measure"] == "loss"].pivot(
-        index="epoch", columns="split", values="value"
-    )
-    assert loss["train"].iloc[-1] < 0.5 * math.log(24)
-    assert list(loss.index) == list(range(16))
-    assert {"temperature", "learning rate", "seconds", "tiles per second"} <= set(
-        history["measure"]
-    )
-    assert [h["epoch"].max() for h in said] == list(range(1, 16))
-    assert not fitted.model.training
-    for name, value in model.state_dict().items():  # the model given stays as it was
-        assert torch.equal(value, start[name])
-    kept = recall(*contrast.embed_pairs(fitted.model, validation, "cpu"))
-    assert kept.loc[kept["k"] == 10, "recall"].mean() == pytest.approx(best[fitted.best_epoch])
-
-
-def test_same_seed_same_weights_and_the_callers_numbers_untouched():
-    train, validation = study()
-    settings = replace(QUICK, augment=1.0, crop=0.2)
-    one = fit(model_of(), train, validation, settings, cache=False)
-    torch.manual_seed(99)
-    two = fit(model_of(), train, validation, settings, cache=False)
-    same(one.model, two.model)
-    pd.testing.assert_frame_equal(curve(one.history), curve(two.history))
-    other = fit(model_of(), train, validation, replace(settings, seed=1), cache=False)
-    assert different(one.model, other.model)
-    start = model_of()
-    kept = torch.get_rng_state()
-    fit(start, train, None, settings, cache=False)
-    assert torch.equal(kept, torch.get_rng_state())
-
-
-def test_the_tower_may_go_slower_and_numbers_follow_the_seed():
-    train, _ = study()
-    model = model_of()
-    fitted = fit(model, train, None, replace(QUICK, tower_lr=0.0), cache=False)
-    same(fitted.model.image, model.image)
-    assert different(fitted.model.other, model.other)
-    drawn = []
-    for seed, epoch, step in [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
-        run = training.Run(model, train, None, replace(QUICK, seed=seed), torch.device("cpu"))
-        run.epoch = epoch
-        drawn.append(tuple(run._load((step, torch.arange(4)))[2].flatten().tolist()))
-    assert len(set(drawn)) == 4
-
-
-@pytest.mark.parametrize("augment", [0.0, 1.0])
-def test_micro_batches_change_nothing(augment):
-    """Dropout in the gene tower is on: the second tower sees the batch whole both ways."""
-    train, validation = study()
-    settings = replace(QUICK, augment=augment, lr=1e-3)
-    whole = fit(model_of(0.3), train, validation, settings, cache=False)
-    parts = fit(model_of(0.3), train, validation, replace(settings, micro_batch=7), cache=False)
-    same(whole.model, parts.model, rtol=1e-5, atol=1e-6)
-    loss = [h.history.loc[h.history["measure"] == "loss", "value"] for h in (whole, parts)]
-    np.testing.assert_allclose(*loss, rtol=1e-6)
-
-
-def test_micro_batches_replay_dropout_in_the_image_tower():
-    """With dropout drawn anew in the second pass, gradients would belong to other embeddings."""
-    train, _ = study()
-    settings = replace(QUICK, micro_batch=7)
-    model = model_of(0.0)
-    model.image = Small(dropout=0.5)
-    run = training.Run(model, train, None, settings, torch.device("cpu"))
-    seen = []
-    run.model.image.register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))
-    run.model.train()
-    batch = run._load((0, torch.arange(21)))
-    run._step(batch, (0, 1, 0, 1))
-    assert len(seen) == 6
-    for first, second in zip(seen[:3], seen[3:], strict=True):
-        assert torch.equal(first, second)
-    assert not torch.equal(seen[0] == 0, seen[1] == 0)
-
-
-def test_batch_norm_and_micro_batches_are_refused():
-    model = model_of()
-    model.image.layers.append(nn.BatchNorm1d(16))
-    with pytest.raises(DataError, match="batch norm"):
-        fit(model, *study(), replace(QUICK, micro_batch=7))
-
-
-def test_temperature_stays_under_its_limit_or_where_it_was():
-    train, _ = study()
-
-    def temperatures(settings: Settings) -> pd.Series:
-        fitted = fit(model_of(settings=settings), train, None, settings, cache=False)
-        return fitted.history.loc[fitted.history["measure"] == "temperature", "value"]
-
-    hot = replace(QUICK, temperature=0.005, max_scale=95.0)
-    assert 1 / 95.001 < temperatures(hot).min() < 1 / 94
-    assert temperatures(replace(hot, max_scale=None)).min() < 1 / 150
-    fixed = replace(QUICK, learn_temperature=False)
-    fitted = fit(model_of(settings=fixed), train, None, fixed, cache=False)
-    assert fitted.model.log_scale.item() == pytest.approx(-math.log(0.07))
-
-
-def test_stops_when_validation_no_longer_rises():
-    train, validation = study(12)
-    settings = replace(QUICK, epochs=60, patience=3, lr=1e-2)
-    fitted = fit(model_of(), train, validation, settings, cache=False)
-    last = fitted.history["epoch"].max()
-    assert last == fitted.best_epoch + 3 < 60
-    best = fitted.history.query("measure == 'recall' and epoch == @fitted.best_epoch")
-    kept = recall(*contrast.embed_pairs(fitted.model, validation, "cpu"))
-    np.testing.assert_allclose(kept["recall"], best["value"])
-    end = fitted.history.query("measure == 'recall' and epoch == @last")["value"]
-    assert kept["recall"].tolist() != end.tolist()  # the weights are not those of the end
-    with pytest.raises(DataError, match="patience without validation"):
-        fit(model_of(), train, None, settings)
-
-
-def test_last_epoch_is_kept_where_asked_or_without_validation():
-    train, validation = study(12)
-    last = replace(QUICK, epochs=6, keep="last")
-    watched = fit(model_of(), train, validation, last, cache=False)
-    alone = fit(model_of(), train, None, replace(last, keep="best"), cache=False)
-    assert watched.best_epoch == alone.best_epoch == 6
-    same(watched.model, alone.model)
-
-
-def test_frozen_tower_is_looked_through_once():
-    train, validation = study()
-    frozen = replace(QUICK, train_blocks=0)
-    fast = model_of()
-    fitted = fit(fast, train, validation, frozen, cache=False)
-    assert fitted.model.image.seen == len(train) + len(validation)
-    same(fitted.model.image, fast.image)
-    # An augmentation that changes nothing to speak of sends every tile through, every time.
-    run = replace(frozen, crop=1e-9)
-    slow = model_of()
-    slow.image.layers[0].weight.data = (
-        slow.image.layers[0].weight.data.mean(1, True).expand(-1, 108)
-    )
-    fast = model_of()
-    fast.image.load_state_dict(slow.image.state_dict())
-    one, two = (fit(m, train, None, s, cache=False) for m, s in ((slow, run), (fast, frozen)))
-    assert one.model.image.seen == 4 * len(train)
-    assert two.model.image.seen == len(train)
-    same(one.model, two.model, rtol=1e-4, atol=1e-5)
-
-
-def test_frozen_tower_drops_nothing_out():
-    train, _ = study()
-    settings = replace(QUICK, train_blocks=0, augment=1.0)  # augmented: it looks in every step
-    model = model_of(0.0)
-    model.image = Small(dropout=0.5)
-    one = fit(model, train, None, settings, cache=False)
-    model.image.drop.p = 0.0
-    two = fit(model, train, None, settings, cache=False)
-    same(one.model, two.model)
-
-
-def test_batches_of_one_slide_and_captions_and_features():
-    train, validation = study()
-    fit(model_of(), train, validation, replace(QUICK, same_slide=True, epochs=1))
-    clip, tokenizer = load_clip("mini")
-    words = ["nuclei", "fat", "fibres"]
-    tokens = tokenizer([f"a tile with {words[i % 3]}" for i in range(len(train))]).numpy()
-    captioned = Pairs(train.tiles, tokens, train.spots)
-    model = TwoTowers(Small(), TextTower(clip), QUICK)
-    fitted = fit(model, captioned, None, replace(QUICK, epochs=1), cache=False)
-    assert different(fitted.model.other, model.other)
-    given = nn.Identity()
-    given.width = 10
-    model = TwoTowers(Small(), given, QUICK)
-    assert fit(model, train, validation, QUICK).model.other_head.weight.shape == (8, 10)
-
-
-def test_bf16_is_close_to_fp32():
-    train, validation = study()
-    one = fit(model_of(), train, validation, QUICK, cache=False)
-    two = fit(model_of(), train, validation, replace(QUICK, precision="bf16"), cache=False)
-    assert different(one.model, two.model)
-    loss = [f.history.query("measure == 'loss'")["value"] for f in (one, two)]
-    np.testing.assert_allclose(*loss, rtol=0.03)
-
-
-# --------------------------------------------------------------------------- cache and resume
-
-
-def test_asked_again_it_is_read_back(monkeypatch, caplog):
-    train, validation = study()
-    first = fit(model_of(), train, validation, QUICK)
-    monkeypatch.setattr(training.Run, "_step", None)  # nothing is trained any more
-    caplog.set_level(logging.INFO)
-    said = []
-    again = fit(model_of(), train, validation, QUICK, on_epoch=said.append)
-    same(first.model, again.model)
-    assert not again.model.training
-    pd.testing.assert_frame_equal(first.history, again.history)
-    pd.testing.assert_frame_equal(said[0], again.history)
-    assert (again.best_epoch, again.folder) == (first.best_epoch, first.folder)
-    assert "is read from" in caplog.text
-    names = {file.name for file in first.folder.iterdir()}
-    assert names == {"model.safetensors", "history.csv", "settings.json"}
-
-
-def test_a_kept_model_says_which_slides_it_has_seen():
-    folder = fit(model_of(), *study(), QUICK).folder
-    assert json.loads((folder / "settings.json").read_text())["slides"] == ["A1", "A2", "B1"]
-
-
-def test_any_change_of_settings_data_or_start_is_another_model():
-    train, validation = study()
-
-    def key(model=None, train=train, validation=validation, settings=QUICK):
-        return training._key(model or model_of(), train, validation, settings)
-
-    tiles, other = train.tiles.copy(), train.other.copy()
-    tiles[0, 0, 0, 0] ^= 1
-    other[3, 3] += 1e-4
-    renamed = genes.Panel("ten", (*PANEL.genes[:9], "X"), "by hand", ())
-    quick = model_of()
-    quick.other.layers[0].p = 0.9
-    frozen = model_of()
-    frozen.image.requires_grad_(False)
-    normalised = model_of()
-    normalised.image.register_buffer("mean", torch.ones(3), persistent=False)
-    carded = model_of()
-    carded.image.card = "another preprocessing"
-    moved = model_of()
-    moved.log_scale.data += 1e-3
-    keys = [
-        key(),
-        key(settings=replace(QUICK, lr=6e-3)),
-        key(settings=replace(QUICK, seed=1)),
-        key(settings=replace(QUICK, micro_batch=3)),  # dropout is drawn part by part
-        key(train=Pairs(tiles, train.other, train.spots, PANEL)),
-        key(train=Pairs(train.tiles, other, train.spots, PANEL)),
-        key(train=Pairs(train.tiles, train.other, train.spots, renamed)),
-        key(train=train.of(range(len(train))[::-1])),
-        key(validation=None),
-        key(quick),
-        key(frozen),
-        key(normalised),
-        key(carded),
-        key(moved),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert key() == keys[0]
-
-
-def environment(cache: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
-    return {**os.environ, "STIMAGE_CACHE": str(cache), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as `environment` gives: with other numbers of them sums round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, caplog):
-    cache = tmp_path / "killed"
-    command = [sys.executable, HERE / "killed.py"]
-    done = subprocess.run(command, env=environment(cache), capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [file.name for file in (cache / "models").rglob("*.*")] == ["checkpoint.pt"]
-    train, validation = study()
-    whole = fit(model_of(), train, validation, QUICK, device="cpu", cache=False)
-    monkeypatch.setenv("STIMAGE_CACHE", str(cache))
-    caplog.set_level(logging.INFO)
-    steps, step = [], training.Run._step
-    monkeypatch.setattr(training.Run, "_step", lambda *a: steps.append(1) or step(*a))
-    resumed = fit(model_of(), train, validation, QUICK, device="cpu")
-    assert "goes on after epoch 2" in caplog.text
-    assert len(steps) == 2 * 2  # the third epoch and the fourth
-    same(whole.model, resumed.model)
-    pd.testing.assert_frame_equal(curve(whole.history), curve(resumed.history))
-
-
-@pytest.fixture
-def interrupted(monkeypatch) -> Path:
-    """The checkpoint of a training that was interrupted after two epochs."""
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-
-    def interrupt(history: pd.DataFrame) -> None:
-        if history["epoch"].max() == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(model_of(), *study(), QUICK, on_epoch=interrupt)
-    (path,) = (Path(os.environ["STIMAGE_CACHE"]) / "models").rglob("checkpoint.pt")
-    return path
-
-
-def test_truncated_checkpoint(interrupted):
-    interrupted.write_bytes(interrupted.read_bytes()[:-500])
-    with pytest.raises(
-        DataError, match=r"checkpoint\.pt: .*cannot be read.*delete the file"
-    ) as error:
-        fit(model_of(), *study(), QUICK)
-    assert error.value.file == interrupted
-
-
-def test_checkpoint_of_another_training(interrupted, monkeypatch):
-    other = replace(QUICK, lr=1e-3)
-    key = training._key(model_of(), *study(), other)
-    target = interrupted.parents[1] / key / "checkpoint.pt"
-    target.parent.mkdir()
-    target.write_bytes(interrupted.read_bytes())
-    with pytest.raises(DataError, match=r"another training: lr 0.005, now 0.001"):
-        fit(model_of(), *study(), other)
-
-
-def test_a_pickle_is_not_opened(interrupted):
-    class Bomb:
-        def __reduce__(self):
-            return (os.mkdir, (str(interrupted.parent / "exploded"),))
-
-    torch.save({"key": Bomb()}, interrupted)
-    with pytest.raises(DataError, match="cannot be read"):
-        fit(model_of(), *study(), QUICK)
-    assert not (interrupted.parent / "exploded").exists()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "settings.json", "history.csv"])
-def test_damaged_result(name):
-    folder = fit(model_of(), *study(), QUICK).folder
-    path = folder / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if name[0] != "h" else b"")
-    with pytest.raises(DataError, match=r"damaged.*delete the folder"):
-        fit(model_of(), *study(), QUICK)
-
-
-def test_result_of_another_training():
-    one = fit(model_of(), *study(), QUICK).folder
-    other = fit(model_of(), *study(), replace(QUICK, lr=1e-3)).folder
-    (other / "model.safetensors").write_bytes((one / "model.safetensors").read_bytes())
-    with pytest.raises(DataError, match="of another training"):
-        fit(model_of(), *study(), replace(QUICK, lr=1e-3))
-
-
-# --------------------------------------------------------------------------- several processes
-
-
-@pytest.mark.slow
-def test_two_processes_are_as_one(tmp_path):
-    """Each has half of every batch. Dropout is off: each process would draw its own."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, HERE / "two_processes.py", tmp_path]
-    where = environment(tmp_path / "cache of two")
-    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "cache of two").rglob("model.safetensors"))) == 2  # not 4
-    settings = replace(QUICK, batch_size=16, augment=1.0)
-    one = fit(model_of(dropout=0.0), *study(), settings, device="cpu", cache=False)
-    for micro in (None, 5):
-        two = torch.load(tmp_path / f"{micro}.pt", weights_only=True)
-        for name, value in one.model.state_dict().items():
-            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-        histories = pd.read_csv(tmp_path / f"{micro}.csv"), one.history
-        loss = [history.query("measure == 'loss'")["value"] for history in histories]
-        np.testing.assert_allclose(*loss, rtol=1e-5)
-
-
-# --------------------------------------------------------------------------- refusals
-
-
-def test_leaks_into_training_are_refused():
-    train, validation = study()
-    both = Pairs(
-        np.concatenate([train.tiles, validation.tiles[:2]]),
-        np.concatenate([train.other, validation.other[:2]]),
-        pd.concat([train.spots, validation.spots[:2]]),
-        PANEL,
-    )
-    with pytest.raises(DataError, match="share the slide B1"):
-        fit(model_of(), both, validation, QUICK)
-    adjacent = validation.spots.assign(group="A")
-    with pytest.raises(DataError, match=r"share the group A.*\['B1'\] in validation"):
-        fit(model_of(), train, replace(validation, spots=adjacent), QUICK)
-    seen = replace(PANEL, slides=("A1", "B1"))
-    with pytest.raises(DataError, match=r"panel 'ten' was chosen with held-out slides: B1"):
-        fit(model_of(), replace(train, panel=seen), replace(validation, panel=seen), QUICK)
-
-
-def test_nothing_of_validation_reaches_the_weights():
-    """Neither scaler nor weights change when the genes of validation are made huge."""
-    train, validation = study()
-    last = replace(QUICK, keep="last")
-    clean = fit(model_of(), train, validation, last, cache=False)
-    poison = replace(validation, other=validation.other * np.float32(1e6))
-    poisoned = fit(model_of(), train, poison, last, cache=False)
-    same(clean.model, poisoned.model)
-    np.testing.assert_allclose(clean.model.other.mean, train.other.mean(0), rtol=1e-5)
-    assert clean.history.equals(poisoned.history) is False  # it was looked at, though
-
-
-def test_refusals():
-    train, validation = study()
-    with pytest.raises(DataError, match="no negatives"):
-        fit(model_of(), train.of([0]), None, QUICK)
-    with pytest.raises(DataError, match=r"among 10 pairs of validation"):
-        fit(model_of(), train, validation.of(range(10)), QUICK)
-    with pytest.raises(DataError, match="the model has dim 8, the settings have 64"):
-        fit(model_of(), train, None, BOOK)
-    stranger = TwoTowers(Small(), GeneTower(["x", *PANEL.genes[1:]], width=8), QUICK)
-    with pytest.raises(DataError, match="other genes"):
-        fit(stranger, train, None, QUICK)
-    alone = replace(train, spots=train.spots.assign(slide=[f"s{i}" for i in range(len(train))]))
-    with pytest.raises(DataError, match="no batch of two"):
-        fit(model_of(), alone, None, replace(QUICK, same_slide=True))
-
-
-def test_a_loss_that_is_no_number():
-    train, _ = study()
-    model = model_of()
-    model.image.layers[0].weight.data[0, 0] = torch.inf
-    with pytest.raises(DataError, match=r"no number any more: epoch 1, step 1 of 2.*lower lr"):
-        fit(model, train, None, QUICK)
-    assert not list(Path(os.environ["STIMAGE_CACHE"]).rglob("model.safetensors"))
-
-
-@pytest.mark.parametrize("micro", [None, 8])
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.cuda.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-)
-def test_out_of_memory_names_the_knob(micro, error):
-    class Greedy(Small):
-        def forward(self, pixels):
-            raise error
-
-    model = model_of()
-    model.image = Greedy()
-    expected = rf"micro_batch={micro}, batch_size=24.*set micro_batch={(micro or 24) // 4}"
-    with pytest.raises(DataError, match=expected):
-        fit(model, *study(), replace(QUICK, micro_batch=micro))
-
-
-def test_other_errors_of_torch_stay_what_they_are():
-    model = model_of()
-    model.image.layers[0] = nn.Linear(5, 16)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        fit(model, *study(), QUICK)
-
-
-# --------------------------------------------------------------------------- one fold
-
-
-def left_out(adatas: dict[str, ad.AnnData], donor: str, **more: object) -> training.HeldOut:
-    settings = {"settings": QUICK, "n_genes": 10, "size": 6, "tower": Small(), **more}
-    torch.manual_seed(1)
-    return training.leave_donor_out(adatas, donor, **settings)
-
-
-def test_a_fold_has_everyone_in_one_place(sections):
-    fold = left_out(sections, "Z", validation="Y")
-    assert set(fold.train.spots["slide"]) == {"X1", "X2"} == set(fold.panel.slides)
-    assert set(fold.validation.spots["slide"]) == {"Y1"}
-    assert set(fold.test.spots["slide"]) == {"Z1"}
-    assert set(fold.panel.genes) <= set(sections["Z1"].var_names)  # and can be tested there
-    assert different(fold.before, fold.fitted.model)
-    assert len(left_out(sections, "Z").train) == 90
-
-
-def test_nothing_of_the_held_out_donor_reaches_training(sections):
-    tower = Small()
-    clean = left_out(sections, "Y", tower=tower, cache=False)
-    poisoned = sections["Y1"].copy()
-    poisoned.X = poisoned.X * 50
-    poisoned.layers["counts"] = poisoned.layers["counts"][:, ::-1] * 50
-    Image.new("RGB", (240, 300), "red").save(slides.image_path(poisoned))
-    other = left_out({**sections, "Y1": poisoned}, "Y", tower=tower, cache=False)
-    assert not np.array_equal(clean.test.tiles, other.test.tiles)
-    assert not np.array_equal(clean.test.other, other.test.other)
-    assert clean.panel == other.panel
-    same(clean.fitted.model, other.fitted.model)
-
-
-def test_leaks_into_a_fold_are_refused(sections):
-    everyone = genes.overlap_hvg_batch(sections, 10)
-    with pytest.raises(DataError, match="chosen with held-out slides: Z1"):
-        left_out(sections, "Z", choose=everyone)
-    but_z = genes.overlap_hvg_batch({s: a for s, a in sections.items() if s != "Z1"}, 10)
-    but_z = genes.Panel("but z", but_z.genes, "by hand", but_z.slides)
-    known = [g for g in but_z.genes if g in sections["Z1"].var_names]
-    but_z = replace(but_z, genes=tuple(known))
-    with pytest.raises(DataError, match="chosen with held-out slides: Y1"):
-        left_out(sections, "Z", validation="Y", choose=but_z)
-    with pytest.raises(DataError, match="cannot be held out and choose"):
-        left_out(sections, "Z", validation="Z")
-    with pytest.raises(DataError, match=r"no slide is of donor 'Q'.*'X', 'Y', 'Z'"):
-        left_out(sections, "Q")
-    near = {s: a.copy() for s, a in sections.items()}
-    near["X2"].obs["donor"] = "W"  # of another donor, it says, but of the same block
-    with pytest.raises(DataError, match=r"share the group X: slides \['X1'\].*\['X2'\]"):
-        left_out(near, "W")

@@ -203,7 +203,7 @@ import logging
 import threading
 from dataclasses import replace
 
-from test_contrast import QUICK, model_of, study
+from test_training import QUICK, model_of, study
 
 from helpers import training
 
@@ -234,7 +234,7 @@ def test_an_interrupted_training_shows_its_bar_and_goes_on(lab: Lab, kernel: Ker
     answer, outputs = kernel.run(TRAIN)
     assert answer["status"] == "ok", answer
     text = "".join(output.get("text", "") for output in outputs)
-    assert 0 < int(re.search(r"training goes on after epoch (\d+)", text)[1]) < 60
+    assert 0 < int(re.search(r"training resumes after epoch (\d+)", text)[1]) < 60
     assert text.endswith(" ".join(map(str, range(61))) + "\n")
     shown = [output["data"] for output in outputs if WIDGET in output.get("data", {})]
     assert any("training" in data["text/plain"] for data in shown)

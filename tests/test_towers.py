@@ -1,7 +1,6 @@
 """Towers: conversion proved, weights that fit or are refused, preprocessing, names, freezing."""
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -66,16 +65,11 @@ def transformers_clip(tmp_path_factory):
 
 
 @pytest.fixture
-def two_clips(tmp_path, monkeypatch):
-    """Two architectures in open_clip's folders, and cards for them: `quick` and `plain` GELU."""
+def two_clips(monkeypatch):
+    """Two architectures of open_clip, and cards for them: `quick` and `plain` GELU."""
     for name, quick in {"quick": True, "plain": False}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        config = {"model_cfg": architecture(quick), "preprocess_cfg": {"mean": [0.5] * 3}}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        card = dataclasses.replace(towers.card(f"local-dir:{folder}"), name=name)
-        monkeypatch.setitem(towers.CARDS, name, card)
-    return tmp_path
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, architecture(quick))
+        monkeypatch.setitem(towers.CARDS, name, towers.card(name))
 
 
 @pytest.fixture
@@ -152,12 +146,15 @@ def test_conversion_is_kept_and_a_changed_source_is_noticed(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.pop("visual_projection.weight"), "lacks 1, such as visual.proj"),
-        (lambda s: s.pop("text_model.encoder.layers.1.self_attn.k_proj.bias"), "lacks a part of"),
+        (lambda s: s.pop("visual_projection.weight"), "Missing key.*visual.proj"),
+        (
+            lambda s: s.pop("text_model.encoder.layers.1.self_attn.k_proj.bias"),
+            "instead of.*in_proj",
+        ),
         (lambda s: s.update(new_head=torch.zeros(2)), "new_head, which open_clip has no place for"),
         (
             lambda s: s.update({"visual_projection.weight": torch.zeros(3, 64)}),
-            "another shape of 1, such as visual.proj",
+            "size mismatch for visual.proj",
         ),
     ],
     ids=["missing", "missing part", "unknown", "shape"],
@@ -173,9 +170,7 @@ def test_a_checkpoint_of_another_kind_is_refused(
 
 
 def test_the_wrong_tower_for_the_weights_is_refused(transformers_clip) -> None:
-    with pytest.raises(
-        DataError, match=r"do not fit the tower 'mini'.*such as.*Fix: use the tower"
-    ):
+    with pytest.raises(DataError, match=r"do not fit the tower 'mini'.*Fix: use the tower"):
         towers.load("mini", weights=transformers_clip[1] / "model.safetensors")
 
 
@@ -185,7 +180,7 @@ def test_a_truncated_file_is_refused(state, tmp_path, suffix, share) -> None:
     file = tmp_path / f"weights{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(DataError, match=r"weights.*no weights can be read.*fetch it again"):
+    with pytest.raises(DataError, match=r"weights cannot be read.*fetch it again"):
         towers.load("mini", weights=file)
 
 
@@ -200,7 +195,7 @@ class Trap:
 def test_more_than_tensors_is_refused_and_never_run(tmp_path, monkeypatch, content) -> None:
     monkeypatch.setenv("STIMAGE_CACHE", str(tmp_path))
     torch.save(content, tmp_path / "evil.bin")
-    with pytest.raises(DataError, match=r"evil.bin: (no weights can be read|it holds something)"):
+    with pytest.raises(DataError, match=r"the (weights cannot be read|file holds)"):
         towers.load("mini", weights=tmp_path / "evil.bin")
     assert not (tmp_path / "trapped").exists()
 
@@ -219,7 +214,7 @@ def empty_hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-OTHERS = ("timm:resnet18", "ViT-B-16-quickgelu:openai", "hf-hub:some/model@abc")
+OTHERS = ("timm:resnet18", "ViT-B-16-quickgelu:openai")
 
 
 @pytest.mark.parametrize("name", ["clip", "plip", "quiltnet", "uni", *OTHERS])
@@ -228,7 +223,7 @@ def test_no_network_is_said_within_seconds(empty_hub, name) -> None:
     with pytest.raises(DataError) as caught:
         towers.load(name)
     assert time.monotonic() - start < 8
-    assert name.partition("@")[0] in str(caught.value)
+    assert name in str(caught.value)
     for word in ("revision", "not in the hub's cache", "cannot be reached", "weights=", "'mini'"):
         assert word in str(caught.value)
 
@@ -269,18 +264,6 @@ def test_what_the_hub_once_sent_is_used_offline(empty_hub, tmp_path, monkeypatch
     hub_file(empty_hub, source, (tmp_path / "x").read_bytes())
     plain.unlink()
     assert torch.equal(towers.load("sent").trunk.proj, saved.visual.proj)
-
-
-def test_a_folder_of_open_clip(two_clips) -> None:
-    saved, _ = towers.load_clip("quick", pretrained=False, seed=3)
-    with pytest.raises(DataError, match=r"none of .*open_clip_model"):
-        towers.load("quick")
-    save_file(saved.state_dict(), two_clips / "quick" / "open_clip_model.safetensors")
-    tower = towers.load("quick")
-    assert torch.equal(tower.trunk.proj, saved.visual.proj)
-    assert (tower.card.mean, tower.width, tower.size_px) == ((0.5, 0.5, 0.5), 24, 32)
-    with pytest.raises(DataError, match=r"no such file.*give an open_clip folder"):
-        towers.load(f"local-dir:{two_clips / 'nowhere'}")
 
 
 def test_timm_weights_lose_their_classifier_and_nothing_else(tmp_path) -> None:
@@ -476,23 +459,11 @@ def test_damaged_features_are_computed_again(own_cache, caplog) -> None:
 GENES = ["Th", "Penk", "Doc2g", "Kctd12"]
 
 
-def test_genes_are_found_by_name() -> None:
-    tower = towers.GeneTower(GENES)
-    table = pd.DataFrame(np.arange(12.0).reshape(3, 4), columns=GENES)
-    table["Other"] = np.nan  # not in the panel
-    np.testing.assert_array_equal(tower.table(table[["Other", *GENES[::-1]]]), table[GENES])
-    assert tower.table(table).dtype == np.float32
-    with pytest.raises(DataError, match=r"not in the table: Penk\b"):
-        tower.table(table.drop(columns="Penk"))
-    with pytest.raises(DataError, match="in the table twice: Th"):
-        tower.table(pd.concat([table, table["Th"]], axis=1))
-    table.loc[1, "Doc2g"] = np.nan
-    with pytest.raises(DataError, match="NaN or infinite for: Doc2g"):
-        tower.table(table)
-    with pytest.raises(DataError, match="more than once: Th"):
+def test_genes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="duplicate genes: Th"):
         towers.GeneTower([*GENES, "Th"])
     with pytest.raises(DataError, match=r"\(n, 4\), not \(2, 5\)"):
-        tower(torch.zeros(2, 5))
+        towers.GeneTower(GENES)(torch.zeros(2, 5))
     with pytest.raises(DataError, match="'linear' or 'mlp'"):
         towers.GeneTower(GENES, "deep")
 
@@ -529,7 +500,7 @@ def test_gene_towers_keep_their_names_and_their_seed(tmp_path) -> None:
     back.load_state_dict(saved)
     back.load_state_dict(torch.load(tmp_path / "genes.pt", weights_only=True))
     assert torch.equal(back(x), tower(x))
-    with pytest.raises(DataError, match=r"another panel: Kctd12 is not"):
+    with pytest.raises(DataError, match=r"different panel: Kctd12 not in"):
         towers.GeneTower([*GENES[:3], "Gad1"]).load_state_dict(saved)
     with pytest.raises(DataError, match="the order differs"):
         towers.GeneTower(GENES[::-1]).load_state_dict(saved)
@@ -579,7 +550,7 @@ def test_freezing_by_block(small_clip, name, last, first) -> None:
     assert not any(n.startswith(f"trunk.{first}") for n in moved(tower))
     towers.freeze(tower, 0)
     assert not any(p.requires_grad for p in tower.parameters())
-    with pytest.raises(DataError, match=r"it has \d+ blocks, of which 40"):
+    with pytest.raises(DataError, match=r"40 blocks.*the tower has \d+ blocks"):
         towers.freeze(tower, 40)
     towers.freeze(tower, None)
     assert moved(tower) == every
@@ -592,7 +563,7 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     tower.train()(torch.rand(2, 3, 224, 224))
     changed = {k for k, v in before.items() if not torch.equal(v, tower.state_dict()[k])}
     assert changed == {k for k in before if k.startswith("trunk.layer4.1.")}
-    with pytest.raises(DataError, match="no blocks are known in GeneTower"):
+    with pytest.raises(DataError, match="GeneTower has no known blocks"):
         towers.freeze(towers.GeneTower(GENES), 1)
 
 

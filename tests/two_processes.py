@@ -1,11 +1,11 @@
-"""Started by torchrun from test_contrast.py: fit in every process, the first one writes weights."""
+"""Started by torchrun from test_training.py: fit in every process, the first one writes weights."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_contrast import QUICK, model_of, study
+from test_training import QUICK, model_of, study
 
 from helpers import training
 

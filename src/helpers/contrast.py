@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FACTS = ["slide", "donor", "group", "label", "x_px", "y_px"]
-"""Columns of `Pairs.spots`."""
-NUMBERS = 19
-"""Random numbers that `augmented` takes for one tile."""
+
+# --------------------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,12 @@ class Pairs:
         One row per pair, named by spot id: `slide`, `donor`, `group` (adjacent sections share one),
         `label`, and the centre `x_px`, `y_px` in px of the full image.
     panel
-        The genes in the columns of `other`; None where it holds something else.
+        The genes in the columns of `other`; None when they are not genes.
 
     Raises
     ------
     DataError
-        When the three do not have the same rows, or a value of `other` is NaN or infinite.
+        When the three differ in length, or a value of `other` is NaN or infinite.
     """
 
     tiles: np.ndarray
@@ -62,27 +60,26 @@ class Pairs:
         if not len(self.tiles) == len(self.other) == len(self.spots):
             raise DataError(
                 f"{len(self.tiles)} tiles, {len(self.other)} rows of the second view and "
-                f"{len(self.spots)} spots do not make pairs",
-                fix="build them with helpers.contrast.pair, which joins by spot id",
+                f"{len(self.spots)} spots cannot be paired",
+                fix="use helpers.contrast.pair, which joins them by spot id",
             )
         if self.tiles.dtype != np.uint8 or self.other.dtype not in (np.float32, np.int64):
-            what = f"tiles are {self.tiles.dtype} and the second view {self.other.dtype}"
-            raise DataError(what, fix="give uint8 tiles, float32 expression or int64 tokens")
-        if lacking := sorted({"slide", "donor", "group"} - set(self.spots)):
-            raise DataError(f"the table of spots lacks {lacking}", fix="say who the spots are")
+            what = f"tiles are {self.tiles.dtype} and the second view is {self.other.dtype}"
+            raise DataError(what, fix="give uint8 tiles, and float32 expression or int64 tokens")
+        if missing := sorted({"slide", "donor", "group"} - set(self.spots)):
+            raise DataError(f"the table of spots lacks {missing}", fix="add these columns")
         if self.panel is not None and self.other.shape[1] != len(self.panel.genes):
             what = f"{self.other.shape[1]} columns for {len(self.panel.genes)} genes"
-            raise DataError(what, fix="give the columns of the panel, in its order")
-        bad = ~np.isfinite(self.other).all(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            column = int((~np.isfinite(self.other[row])).argmax())
+            raise DataError(what, fix="give the genes of the panel, in its order")
+        bad = np.argwhere(~np.isfinite(self.other))
+        if len(bad):
+            row, column = bad[0]
             name = f"gene {self.panel.genes[column]}" if self.panel else f"column {column}"
             raise DataError(
-                f"{bad.sum()} spots have NaN or infinite values, the first is spot "
+                f"{len(np.unique(bad[:, 0]))} spots have NaN or infinite values; the first is spot "
                 f"{self.spots.index[row]}, {name}",
                 slide=str(self.spots["slide"].iloc[row]),
-                fix="leave these spots out, or find out where the values come from",
+                fix="remove these spots, or find out where the values come from",
             )
 
     def __len__(self) -> int:
@@ -98,22 +95,25 @@ class Pairs:
 
         Returns
         -------
-        Pairs. One run of neighbouring rows, such as one slide, is not copied.
+        Pairs. A run of neighbouring rows, such as one slide, is a view, not a copy.
         """
         wanted = np.asarray(which)
         if wanted.dtype.kind in "OUS":
-            slides = self.spots["slide"].astype(str)
-            if unknown := sorted(set(map(str, wanted)) - set(slides)):
-                raise DataError(
-                    f"no pair comes from {unknown}", fix=f"one of {sorted(set(slides))}"
-                )
-            wanted = slides.isin(list(map(str, wanted))).to_numpy()
+            slides, names = self.spots["slide"].astype(str), wanted.astype(str)
+            if unknown := sorted(set(names) - set(slides)):
+                fix = f"choose among {sorted(set(slides))}"
+                raise DataError(f"no pair comes from {list(map(str, unknown))}", fix=fix)
+            wanted = slides.isin(names).to_numpy()
         rows = np.flatnonzero(wanted) if wanted.dtype == bool else wanted.astype(int)
         if not len(rows):
-            raise DataError("none of the pairs is left", fix="check what was asked for")
-        if (np.diff(rows) == 1).all():
-            rows = slice(rows[0], rows[-1] + 1)
+            raise DataError("no pair is selected", fix="check the selection")
+        rows = _as_slice(rows)
         return Pairs(self.tiles[rows], self.other[rows], self.spots.iloc[rows], self.panel)
+
+
+def _as_slice(rows: np.ndarray) -> np.ndarray | slice:
+    """Turn neighbouring row numbers into a slice, so that an array is viewed, not copied."""
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def pair(
@@ -130,13 +130,13 @@ def pair(
     adatas
         Slides from `helpers.genes.normalise`.
     tiles
-        Their tiles. A spot without a tile (cut with ``edge="drop"``), a tile without a spot
-        and tiles of other slides are left out.
+        Their tiles. Spots without a tile, tiles without a spot and tiles of other slides are left
+        out.
     panel
-        The genes. None: no second view yet, `other` has no column.
+        The genes. None: no second view yet, `other` has no columns.
     standardise
-        Bring every gene to mean 0 and variance 1 within each slide. It takes away the level by
-        which slides differ (chemistry, depth), and needs the whole slide, but none of its labels.
+        Bring every gene to mean 0 and variance 1 within each slide, over the spots given. This
+        removes the level by which slides differ (chemistry, depth); it uses no label.
 
     Returns
     -------
@@ -145,10 +145,12 @@ def pair(
     Raises
     ------
     DataError
-        Naming the slide: when it is not normalised, lacks a gene of the panel or holds NaN; has no
-        spot with a tile; or does not say which slide, donor and group its spots belong to.
+        Naming the slide that is not normalised, lacks a gene of the panel, holds NaN, has no tile,
+        or whose spots do not share one slide, donor and group.
     """
-    rows, views, facts = [], [], []
+    if not adatas:
+        raise DataError("there are no spots to pair", fix="give at least one slide")
+    rows, views, tables = [], [], []
     for adata in adatas.values():
         slide = _only(adata, "slide", None)
         if "counts" not in adata.layers and "log1p" not in adata.uns:
@@ -162,33 +164,25 @@ def pair(
         if len(index) < adata.n_obs:
             n = adata.n_obs - len(index)
             logger.info("slide %s: %d of %d spots have no tile", slide, n, adata.n_obs)
-        table = pd.DataFrame(index=index.index)
-        for key in ("slide", "donor", "group"):
-            table[key] = _only(adata, key, slide)
+        table = pd.DataFrame({"slide": slide}, index=index.index)
+        table["donor"], table["group"] = (_only(adata, key, slide) for key in ("donor", "group"))
         labels = adata.obs["label"] if "label" in adata.obs else pd.Series(index=adata.obs_names)
         table["label"] = labels.astype(object).reindex(index.index)
-        table[["x_px", "y_px"]] = index[["x_px", "y_px"]]
-        rows.append(index["row"].to_numpy())
-        if panel is None:
-            view = np.empty((len(index), 0), np.float32)
-        else:
+        view = np.empty((len(index), 0), np.float32)
+        if panel is not None:
             view = genes.select(adata, panel).loc[index.index].to_numpy(np.float32)
-        views.append(_standardised(view) if standardise else view)
-        facts.append(table)
-    at = np.concatenate(rows)
-    if (np.diff(at) == 1).all():  # as the cache has them: stay memory-mapped
-        at = slice(at[0], at[-1] + 1)
-    return Pairs(tiles.array[at], np.concatenate(views), pd.concat(facts)[FACTS], panel)
-
-
-def _standardised(view: np.ndarray) -> np.ndarray:
-    """Columns at mean 0 and variance 1; a constant one at 0."""
-    spread = view.std(axis=0)
-    return (view - view.mean(axis=0)) / np.where(spread > 1e-6, spread, 1)
+        if standardise:
+            spread = view.std(axis=0)  # a gene that is constant becomes 0
+            view = (view - view.mean(axis=0)) / np.where(spread > 1e-6, spread, 1)
+        rows.append(index["row"].to_numpy())
+        views.append(view)
+        tables.append(table.join(index[["x_px", "y_px"]]))
+    tile_rows = _as_slice(np.concatenate(rows))  # a slice of the cache stays memory-mapped
+    return Pairs(tiles.array[tile_rows], np.concatenate(views), pd.concat(tables), panel)
 
 
 def _only(adata: AnnData, key: str, slide: str | None) -> str:
-    """Return what all spots of a slide have in common."""
+    """Return the one value of a column that all spots of a slide share."""
     values = adata.obs[key].unique() if key in adata.obs else []
     if len(values) != 1 or pd.isna(values[0]):
         raise DataError(
@@ -200,36 +194,33 @@ def _only(adata: AnnData, key: str, slide: str | None) -> str:
 
 
 def check_apart(train: Pairs, held_out: Pairs, role: str = "validation") -> None:
-    """Refuse a slide, a group of adjacent sections or a panel that training shares with others.
+    """Raise an error when training shares a slide, a group or a panel's choice with held-out pairs.
 
     Parameters
     ----------
     train, held_out
-        What is trained on and what is kept apart from it.
+        Training pairs, and the pairs that must stay apart from them.
     role
-        What it is kept apart for, for the message.
+        The purpose of `held_out`, for the message.
 
     Raises
     ------
     DataError
-        Naming the slides, the group or the panel.
+        Naming the slides, the group of adjacent sections, or the panel.
     """
     for key in ("slide", "group"):
-        both = set(train.spots[key].astype(str)) & set(held_out.spots[key].astype(str))
-        if both:
-            slides = [
-                sorted(set(part.spots.loc[part.spots[key].astype(str).isin(both), "slide"]))
-                for part in (train, held_out)
-            ]
+        ours, theirs = (part.spots[key].astype(str) for part in (train, held_out))
+        if both := sorted(set(ours) & set(theirs)):
+            trained = sorted(set(train.spots.loc[ours.isin(both), "slide"]))
+            kept = sorted(set(held_out.spots.loc[theirs.isin(both), "slide"]))
             raise DataError(
-                f"training and {role} share the {key} {', '.join(sorted(both))}: slides {slides[0]}"
-                f" are in training, {slides[1]} in {role}",
+                f"training and {role} share the {key} {', '.join(both)}: slides {trained} are in "
+                f"training, {kept} in {role}",
                 fix="split by donor, or keep adjacent sections together",
             )
-    if (train.panel is None) != (held_out.panel is None) or (
-        train.panel is not None and train.panel.genes != held_out.panel.genes
-    ):
-        raise DataError(f"training and {role} have other genes", fix="use one panel for both")
+    names = [part.panel.genes if part.panel else None for part in (train, held_out)]
+    if names[0] != names[1]:
+        raise DataError(f"training and {role} have different genes", fix="use one panel for both")
     if train.panel is not None:
         genes.check_held_out(train.panel, held_out.spots["slide"].astype(str).unique())
 
@@ -237,13 +228,17 @@ def check_apart(train: Pairs, held_out: Pairs, role: str = "validation") -> None
 # --------------------------------------------------------------------------- augmentation
 
 
-def augment(
-    pixels: Tensor, generator: torch.Generator, strength: float = 1.0, crop: float = 0.0
-) -> Tensor:
-    """Show tiles as another scanner, stain and side up might have shown them.
+NUMBERS = 19
+"""Random numbers that `augment` uses for one tile."""
 
-    Every tile for itself: turned and mirrored (the 8 ways to lay a square, exactly, without
-    resampling), its stains changed, and on wish a part of it enlarged.
+
+def augment(
+    pixels: Tensor, random: torch.Generator | Tensor, strength: float = 1.0, crop: float = 0.0
+) -> Tensor:
+    """Show tiles as a different scanner, stain and orientation might have shown them.
+
+    Each tile on its own is turned and mirrored (the 8 ways to lay a square, exactly, without
+    resampling), its stains are changed and, where `crop` says so, a part of it is enlarged.
 
     Stains are changed in optical density, where they add up (Beer-Lambert): separated into
     hematoxylin, eosin and a rest with the vectors of Ruifrok and Johnston 2001 (scikit-image's),
@@ -255,10 +250,11 @@ def augment(
     ----------
     pixels
         float ``(n, 3, h, h)`` in [0, 1], on any device.
-    generator
-        Source of random numbers, on the CPU, so that every device draws alike.
+    random
+        A generator on the CPU, so that every device draws alike; or numbers drawn before,
+        ``(n, NUMBERS)`` in [0, 1), by which a part of a batch is changed as in the whole batch.
     strength
-        Factor for the changes of stain; 0 leaves the tiles as they are.
+        Factor for the changes of stain; 0, with `crop` 0, returns the tiles as they are.
     crop
         Largest share of the side that is cut off before the rest is enlarged (bilinear), 0 to 1.
 
@@ -266,34 +262,19 @@ def augment(
     -------
     Tensor of the same shape, in [0, 1].
     """
-    return augmented(pixels, torch.rand(len(pixels), NUMBERS, generator=generator), strength, crop)
-
-
-def augmented(pixels: Tensor, numbers: Tensor, strength: float = 1.0, crop: float = 0.0) -> Tensor:
-    """`augment` by given numbers, ``(n, NUMBERS)`` in [0, 1): a part of a batch is as the whole."""
     if strength == 0 and crop == 0:
         return pixels
-    numbers = numbers.to(pixels.device, pixels.dtype)
-    sides, stains, place = numbers[:, :3] < 0.5, 2 * numbers[:, 3:16] - 1, numbers[:, 16:]
+    if isinstance(random, torch.Generator):
+        random = torch.rand(len(pixels), NUMBERS, generator=random)
+    random = random.to(pixels.device, pixels.dtype)
     if strength:
-        pixels = _restain(pixels, strength * stains)
+        pixels = _restain(pixels, strength * (2 * random[:, 3:16] - 1))
     if crop:
-        pixels = _enlarge(pixels, 1 - crop * place[:, 0], place[:, 1:])
-    for side, turned in zip(sides.T, (_transpose, _mirror, _upside_down), strict=True):
-        pixels = torch.where(side.view(-1, 1, 1, 1), turned(pixels), pixels)
-    return pixels
-
-
-def _transpose(pixels: Tensor) -> Tensor:
-    return pixels.transpose(2, 3)
-
-
-def _mirror(pixels: Tensor) -> Tensor:
-    return pixels.flip(3)
-
-
-def _upside_down(pixels: Tensor) -> Tensor:
-    return pixels.flip(2)
+        pixels = _enlarge(pixels, 1 - crop * random[:, 16], random[:, 17:])
+    transpose, mirror, flip = (random[:, :3] < 0.5).T[..., None, None, None]
+    pixels = torch.where(transpose, pixels.transpose(2, 3), pixels)
+    pixels = torch.where(mirror, pixels.flip(3), pixels)
+    return torch.where(flip, pixels.flip(2), pixels)
 
 
 def _restain(pixels: Tensor, change: Tensor) -> Tensor:
@@ -311,33 +292,25 @@ def _restain(pixels: Tensor, change: Tensor) -> Tensor:
 def _enlarge(pixels: Tensor, side: Tensor, place: Tensor) -> Tensor:
     """Enlarge a square of each tile; `side` its share of the tile, `place` 0 to 1 in x and y."""
     shift = (1 - side[:, None]) * (2 * place - 1)
-    still = torch.zeros_like(side)
-    turn = torch.stack([side, still, shift[:, 0], still, side, shift[:, 1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(turn, list(pixels.shape), align_corners=False)
+    zero = torch.zeros_like(side)
+    matrix = torch.stack([side, zero, shift[:, 0], zero, side, shift[:, 1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
 # --------------------------------------------------------------------------- captions
 
 
-NUCLEI = ("few", "some", "many")
-BACKGROUND = ("pale", "pink", "deep pink")
-
-
-def stain_amounts(array: np.ndarray) -> np.ndarray:
-    """Mean amounts of hematoxylin and eosin of uint8 tiles ``(n, h, w, 3)``, float32 ``(n, 2)``.
-
-    By the vectors of Ruifrok and Johnston 2001 (scikit-image's), on a sample of the px.
-    """
-    density = -np.log10(np.maximum(array[:, ::2, ::2].astype(np.float32), 1) / 255).mean((1, 2))
-    return density @ hed_from_rgb[:, :2].astype(np.float32)
+NUCLEI_WORDS = ("few", "some", "many")
+STAIN_WORDS = ("pale", "pink", "deep pink")
 
 
 def captions(array: np.ndarray, spots: pd.DataFrame) -> pd.Series:
     """Write a caption for every tile.
 
-    Amounts of stain are put into thirds of their own slide, so that words mean the same on slides
-    that were stained differently. Words for nuclei are a guess from the hematoxylin.
+    The mean amounts of hematoxylin and eosin (vectors of Ruifrok and Johnston 2001, on every
+    second px) are ranked within each slide and cut into thirds, so that words mean the same on
+    slides that were stained differently. The words for nuclei are a guess from the hematoxylin.
 
     Parameters
     ----------
@@ -353,20 +326,22 @@ def captions(array: np.ndarray, spots: pd.DataFrame) -> pd.Series:
     Raises
     ------
     DataError
-        When tiles and spots are not equally many.
+        When the numbers of tiles and spots differ.
     """
     if len(array) != len(spots):
-        raise DataError(f"{len(array)} tiles and {len(spots)} spots", fix="give the tile of each")
-    amounts = pd.DataFrame(stain_amounts(array), columns=["nuclei", "ground"])
+        raise DataError(f"{len(array)} tiles and {len(spots)} spots", fix="give one tile per spot")
+    density = -np.log10(np.maximum(array[:, ::2, ::2].astype(np.float32), 1) / 255).mean((1, 2))
+    stains = density @ hed_from_rgb[:, :2].astype(np.float32)
+    amounts = pd.DataFrame(stains, columns=["hematoxylin", "eosin"])
     by_slide = amounts.groupby(spots["slide"].astype(str).to_numpy())
-    below = (by_slide.rank() - 0.5) / by_slide.transform("size").to_numpy()[:, None]  # 0 to 1
-    third = (3 * below).to_numpy().astype(int)
-    place = spots["label"].astype(object).where(spots["label"].notna(), "tissue")
-    said = [
-        f"{where} with {NUCLEI[n]} nuclei on {BACKGROUND[g]} ground"
-        for where, (n, g) in zip(place, third, strict=True)
+    quantile = (by_slide.rank() - 0.5) / by_slide.transform("size").to_numpy()[:, None]
+    thirds = (3 * quantile).to_numpy().astype(int)
+    labels = spots["label"].astype(object).where(spots["label"].notna(), "tissue")
+    sentences = [
+        f"{label} with {NUCLEI_WORDS[nuclei]} nuclei on {STAIN_WORDS[stain]} ground"
+        for label, (nuclei, stain) in zip(labels, thirds, strict=True)
     ]
-    return pd.Series(said, index=spots.index, name="caption")
+    return pd.Series(sentences, index=spots.index, name="caption")
 
 
 def with_captions(pairs: Pairs, context: int = 32) -> Pairs:
@@ -375,19 +350,15 @@ def with_captions(pairs: Pairs, context: int = 32) -> Pairs:
 
     said = captions(pairs.tiles, pairs.spots)
     tokens = SimpleTokenizer(context_length=context)(said.tolist()).numpy()
-    spots = pairs.spots.assign(caption=said)
-    return replace(pairs, other=tokens, spots=spots, panel=None)
+    return replace(pairs, other=tokens, spots=pairs.spots.assign(caption=said), panel=None)
 
 
-# --------------------------------------------------------------------------- the model
-
-
-_AT_ONCE = 128  # rows, where nothing is trained; more are slower on a CPU
+# --------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a training, but for the data and the initial weights.
+    """Everything that decides a training, apart from the data and the initial weights.
 
     Attributes
     ----------
@@ -397,31 +368,30 @@ class Settings:
         Tiles in memory at once (gradient caching); None: the whole batch. The loss and its gradient
         stay the same; only dropout in the image tower is drawn part by part.
     same_slide
-        Make every batch of one slide, so that knowing the slide does not help.
+        Make every batch of one slide, so that recognising the slide does not help.
     optimiser, lr, betas, eps, weight_decay
         ``"adamw"``, which spares biases, norms and the temperature from decay; or ``"adam"``, with
         the same decay for all as part of the gradient.
     tower_lr
-        Factor for the learning rate of the image tower, below 1 to go gently about its weights.
+        Factor for the learning rate of the image tower; below 1, its weights change more slowly.
     warmup, schedule
         Share of all steps in which the rate climbs from 0; then ``"constant"``, or ``"cosine"``
         down to 0.
     dim
         Size of the shared space.
     encoder
-        Kind of `helpers.towers.GeneTower`, where this module makes one.
+        Kind of `helpers.towers.GeneTower`, for `helpers.training.leave_out`.
     temperature, learn_temperature, max_scale
-        Of the start; whether it is learned; and the largest 1 / temperature allowed, or None.
+        Temperature at the start; whether it is learned; the largest 1 / temperature, or None.
     augment, crop
-        Strength of `helpers.contrast.augment`; 0: tiles as they are.
+        Strength and crop of `augment`; 0: tiles as they are.
     train_blocks
         Blocks of the image tower that are trained, counted from its end; None: all of it.
     precision
         ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 on GPUs that compute in it.
     keep, patience
         ``"best"``: keep the epoch of the best mean recall@10 in validation, and stop when it has
-        not risen for `patience` epochs (None: do not stop). ``"last"``: the last, whatever
-        validation says.
+        not risen for `patience` epochs (None: do not stop). ``"last"``: keep the last epoch.
     seed
         Of heads, order, augmentation and dropout.
     """
@@ -459,25 +429,29 @@ class Settings:
             "keep": ("best", "last"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise DataError(
-                    f"{name} {getattr(self, name)!r} is unknown", fix=f"one of {allowed}"
-                )
+            if (value := getattr(self, name)) not in allowed:
+                raise DataError(f"{name} {value!r} is unknown", fix=f"choose one of {allowed}")
         if self.batch_size < 2:
-            what = f"a batch of {self.batch_size} has no negatives: there is nothing to tell apart"
-            raise DataError(what, fix="set batch_size to 2 or more, better hundreds")
+            what = f"a batch of {self.batch_size} has no negatives"
+            raise DataError(what, fix="set batch_size to 2 or more, better to hundreds")
         low = {"epochs": 1, "micro_batch": 1, "dim": 1, "patience": 1, "lr": 0, "temperature": 1e-6}
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"{name} is {value}", fix=f"set it to {least:g} or more")
         if self.patience is not None and self.keep == "last":
-            what = "patience stops by validation, which keep='last' leaves out of account"
+            what = "patience needs keep='best': it stops when validation no longer improves"
             raise DataError(what, fix="set keep='best' or patience=None")
 
 
 BOOK = Settings()
-"""What this book trains with."""
+"""Settings of this book."""
+
+CAPTION_SETTINGS = replace(BOOK, epochs=6, augment=0.1, keep="last")
+"""Settings for captions: under a minute on two cores.
+
+Tiles are turned and mirrored, but their stains hardly change: the captions describe them.
+"""
 
 PAPER = Settings(
     epochs=15,
@@ -495,7 +469,10 @@ PAPER = Settings(
     precision="fp32",
     keep="last",
 )
-"""What Chen et al. 2024 trained with; they set no seed."""
+"""Settings of Chen et al. 2024, who set no seed."""
+
+
+# --------------------------------------------------------------------------- model and loss
 
 
 class TwoTowers(nn.Module):
@@ -507,7 +484,7 @@ class TwoTowers(nn.Module):
         Takes pixels ``(n, 3, h, h)`` in [0, 1], gives ``(n, image.width)``.
     other
         Takes rows of `Pairs.other`, gives ``(n, other.width)``. Where its width is `dim` already,
-        it is its own map, as the paper's gene encoder is. An ``nn.Identity`` with a `width` takes
+        no map follows, as for the paper's gene encoder. An ``nn.Identity`` with a `width` takes
         features as they are.
     settings
         `dim`, `temperature`, `learn_temperature` and `seed` are used.
@@ -524,8 +501,8 @@ class TwoTowers(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.image_head = nn.Linear(image.width, settings.dim)
-            own = other.width == settings.dim
-            self.other_head = nn.Identity() if own else nn.Linear(other.width, settings.dim)
+            fits = other.width == settings.dim
+            self.other_head = nn.Identity() if fits else nn.Linear(other.width, settings.dim)
         start = torch.tensor(-math.log(settings.temperature))
         self.log_scale = nn.Parameter(start, requires_grad=settings.learn_temperature)
 
@@ -551,7 +528,7 @@ def info_nce(image: Tensor, other: Tensor, scale: Tensor | float) -> Tensor:
     """Loss of telling, in a batch, which tile belongs to which row, both ways.
 
     The symmetric cross-entropy of Radford et al. 2021 (CLIP), after InfoNCE of van den Oord et al.
-    2018. Knowing nothing costs ``log(n)``.
+    2018. A guess at random costs ``log(n)``.
 
     Parameters
     ----------
@@ -565,6 +542,9 @@ def info_nce(image: Tensor, other: Tensor, scale: Tensor | float) -> Tensor:
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
+# --------------------------------------------------------------------------- embedding pairs
+
+
 def embed_pairs(
     model: TwoTowers,
     pairs: Pairs,
@@ -573,52 +553,45 @@ def embed_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the unit vectors of both views, float32 ``(n, dim)`` each, row by row.
 
-    The model is moved to the device and used in eval mode; its own mode is left as it was.
+    `helpers.towers.embed` gives the features of a tower instead, before the map into the shared
+    space. The model is moved to the device and used in eval mode; its own mode is restored.
     """
     device = choose_device(device)
     precision = choose_precision(precision, device)
-    image, other = embed_views(model.to(device), pairs.tiles, pairs.other, precision)
+    model, training = model.to(device).eval(), model.training
+    try:
+        image = embed_rows(model, embed_tiles, pairs.tiles, precision)
+        other = embed_rows(model, TwoTowers.embed_other, pairs.other, precision)
+    finally:
+        model.train(training)
     return image.cpu().numpy(), other.cpu().numpy()
 
 
-def embed_views(
-    model: TwoTowers, images: np.ndarray, other: np.ndarray, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Embed tiles (or features of them) and rows of the second view, where the model is."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return (
-            in_parts(lambda some: encode(model, some), images, model, precision),
-            in_parts(model.embed_other, other, model, precision),
-        )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 @torch.no_grad()
-def in_parts(
-    function: Callable[[Tensor], Tensor], rows: np.ndarray, model: TwoTowers, precision: str
+def embed_rows(
+    model: TwoTowers,
+    function: Callable[[TwoTowers, Tensor], Tensor],
+    rows: np.ndarray,
+    precision: str,
 ) -> Tensor:
-    """Apply a function to rows on the model's device, some at a time; float32 is returned."""
+    """Apply a function to a model and its rows, some at a time; return float32 ``(n, dim)``."""
     device, parts = model.log_scale.device, []
-    for first in range(0, len(rows), _AT_ONCE):
-        some = torch.from_numpy(np.array(rows[first : first + _AT_ONCE])).to(device)
+    for first in range(0, len(rows), 128):  # more at once are slower on a CPU
+        some = torch.from_numpy(np.array(rows[first : first + 128])).to(device)
         with autocast(device, precision):
-            parts.append(function(some).float())
+            parts.append(function(model, some).float())
     return torch.cat(parts)
 
 
-def encode(model: TwoTowers, images: Tensor) -> Tensor:
-    """Embed uint8 tiles or, where the tower has been through already, its features."""
+def embed_tiles(model: TwoTowers, images: Tensor) -> Tensor:
+    """Turn uint8 tiles, or features that the image tower gave for them, into unit vectors."""
     if images.dtype == torch.uint8:
         return model.embed_images(towers.as_pixels(images, images.device))
     return model.project(images)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Compute in bf16 within, where the precision says so."""
+    """Compute in bf16 inside this context if the precision is ``"bf16"``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -630,7 +603,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Turn "auto" into a precision: bf16 is faster only where the hardware computes in it."""
+    """Replace ``"auto"`` by a precision: bf16 is faster only where the hardware computes in it."""
     if precision != "auto":
         return precision
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,7 +1,7 @@
 """Encoders for tiles, captions and genes: one card, one preprocessing and one output width each.
 
 An image tower takes pixels between 0 and 1 at any size and does the rest inside, so that no chapter
-can feed it what another tower was trained on. Its card and its weights are from `helpers.towers`.
+can feed it pixels that were prepared for a different tower.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import logging
-import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from skimage.color import hed_from_rgb
 from torch import Tensor, nn
@@ -182,31 +181,26 @@ def card(name: str) -> Card:
     Parameters
     ----------
     name
-        One of `CARDS`; or an open_clip architecture (``ViT-B-16``), with the tag of its weights
-        (``ViT-B-16:laion2b_s34b_b88k``); or ``hf-hub:owner/model`` with ``@commit`` to pin it; or
-        ``local-dir:folder``; or ``timm:name``.
+        One of `CARDS`; or an open_clip architecture (``ViT-B-16``), with or without the tag of its
+        weights (``ViT-B-16:laion2b_s34b_b88k``); or ``timm:name``.
 
     Raises
     ------
     DataError
-        For a name that nobody knows, or when the hub is needed and cannot be reached.
+        For an unknown name.
     """
     if name in CARDS:
         return CARDS[name]
     if name.startswith("timm:"):
         return _timm_card(name)
-    architecture, tag = name, ""
-    if not name.startswith(("hf-hub:", "local-dir:")):
-        architecture, _, tag = name.partition(":")
-    told = model_config(architecture)
-    model, look = told["model_cfg"], told.get("preprocess_cfg", {})
+    architecture, _, tag = name.partition(":")
+    model, look, source = model_config(architecture), {}, None
     if tag:
         look = open_clip.get_pretrained_cfg(architecture, tag)
         if not look.get("hf_hub"):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
-            raise DataError(
-                f"{architecture} has no weights {tag!r} on the hub", fix=f"choose among {tags}"
-            )
+            what = f"{architecture} has no weights {tag!r} on the hub"
+            raise DataError(what, fix=f"choose among {tags}")
         if look.get("quick_gelu", False) != model.get("quick_gelu", False):
             raise DataError(
                 f"the weights {tag!r} were trained with the other kind of GELU",
@@ -214,23 +208,10 @@ def card(name: str) -> Card:
             )
         repo, _, file = look["hf_hub"].rpartition("/")
         source = Source(repo, "main", file or "open_clip_model.safetensors")
-    elif ":" in name:
-        repo, revision = name.partition(":")[2], "main"
-        if name.startswith("hf-hub:") and "@" in repo:
-            repo, _, revision = repo.partition("@")
-        source = Source(repo, revision, "open_clip_model.safetensors")
-    else:
-        source = None
+    mean, std = look.get("mean", OPENAI_DATASET_MEAN), look.get("std", OPENAI_DATASET_STD)
     size = model["vision_cfg"]["image_size"]
-    return Card(
-        name,
-        architecture,
-        size if isinstance(size, int) else size[0],
-        model["embed_dim"],
-        tuple(look.get("mean", OPENAI_DATASET_MEAN)),
-        tuple(look.get("std", OPENAI_DATASET_STD)),
-        source=source,
-    )
+    width = model["embed_dim"]
+    return Card(name, architecture, size, width, tuple(mean), tuple(std), source=source)
 
 
 def _timm_card(name: str) -> Card:
@@ -241,38 +222,26 @@ def _timm_card(name: str) -> Card:
     with torch.device("meta"):  # the shape of the network, without its weights
         width = timm.create_model(model, num_classes=0).head_hidden_size
     source = Source(known.hf_hub_id, "main", "model.safetensors") if known.hf_hub_id else None
-    look = {"mean": known.mean, "std": known.std, "source": source}
-    return Card(
-        name, name, known.input_size[-1], width, licence=known.license or "not stated", **look
-    )
+    facts = {"mean": known.mean, "std": known.std, "licence": known.license or "not stated"}
+    return Card(name, name, known.input_size[-1], width, source=source, **facts)
 
 
 def model_config(architecture: str) -> dict:
-    """Return open_clip's description of a model: ``model_cfg``, and mostly ``preprocess_cfg``."""
-    place, _, rest = architecture.partition(":")
-    if place == "local-dir":
-        path = Path(rest) / "open_clip_config.json"
-        if not path.is_file():
-            raise DataError("there is no such file", file=path, fix="give an open_clip folder")
-    elif place == "hf-hub":
-        repo, _, revision = rest.partition("@")
-        path = _from_hub(architecture, Source(repo, revision or "main", "open_clip_config.json"))
-    else:
-        model = open_clip.get_model_config(architecture)
-        if model is None:
-            near = _nearest(architecture, [*CARDS, *open_clip.list_models()])
-            raise DataError(f"open_clip has no architecture {architecture!r}", fix=near)
-        return {"model_cfg": model}
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return open_clip's description of an architecture."""
+    model = open_clip.get_model_config(architecture)
+    if model is None:
+        near = _nearest(architecture, [*CARDS, *open_clip.list_models()])
+        raise DataError(f"open_clip has no architecture {architecture!r}", fix=near)
+    return model
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.3)
-    return "perhaps you mean " + ", ".join(close or names[:4])
+    return "choose a known name, such as " + ", ".join(close or names[:4])
 
 
 def hashed(values: Iterable) -> str:
-    """Return the SHA-256 over arrays, tensors and whatever else shows its value when printed."""
+    """Return the SHA-256 of arrays, tensors, and the printed form of other values."""
     result = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
@@ -286,16 +255,18 @@ def hashed(values: Iterable) -> str:
 
 
 def find_weights(known: Card, pretrained: bool, weights: Path | str | None) -> Path | None:
-    """Return the file with the weights of a tower, fetched if need be; None for random ones.
+    """Return the file with the weights of a tower, fetched if needed; None for random weights.
 
     Raises
     ------
     DataError
-        When there is no such file, or the hub cannot or will not send it.
+        When the file does not exist, or the hub cannot be reached or refuses it.
     """
     if weights is not None:
         if not Path(weights).is_file():
-            raise DataError("there is no such file of weights", file=Path(weights))
+            raise DataError(
+                "there is no such file of weights", file=Path(weights), fix="check the path"
+            )
         return Path(weights)
     if not pretrained or known is CARDS["mini"]:
         return None
@@ -304,12 +275,6 @@ def find_weights(known: Card, pretrained: bool, weights: Path | str | None) -> P
             f"no weights are known for the tower {known.name!r}. {known.note}".strip(". "),
             fix="give weights=, or a tag as in 'ViT-B-16:laion2b_s34b_b88k', or pretrained=False",
         )
-    if known.architecture.startswith("local-dir:"):
-        names = (known.source.file, _PLAIN[known.source.file])
-        found = [path for name in names if (path := Path(known.source.repo) / name).is_file()]
-        if not found:
-            raise DataError(f"none of {names} is here", file=Path(known.source.repo))
-        return found[0]
     return _from_hub(known.name, known.source)
 
 
@@ -341,14 +306,14 @@ def _from_hub(name: str, source: Source) -> Path:
 
 
 def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
-    """Return named weights from a file; what Transformers wrote is converted, once.
+    """Return named weights from a file; a checkpoint of Transformers is converted, once.
 
     Parameters
     ----------
     file
         ``.safetensors``, or plain tensors that torch saved.
     known
-        The tower they are for.
+        The card of their tower.
     pinned
         Whether the file must have the hash on the card.
     """
@@ -358,11 +323,8 @@ def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
         return _tensors(converted)
     expected = known.source.sha256 if pinned and known.source else None
     if expected and files.sha256(file) != expected:
-        raise DataError(
-            f"the weights of {known.name!r} do not match their pinned hash",
-            file=file,
-            fix="delete the file and fetch it again",
-        )
+        what = f"the weights of {known.name!r} do not match their pinned hash"
+        raise DataError(what, file=file, fix="delete the file and fetch it again")
     state = _tensors(file)
     if "text_model.embeddings.token_embedding.weight" in state:
         state = convert(state)
@@ -373,44 +335,31 @@ def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """Read named tensors, and nothing else, from a file."""
+    """Read named tensors from a file, and nothing else: other pickles could run code."""
+    fix = "fetch it again if it is incomplete; a file with more than tensors is never opened"
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        why = str(error).partition("\n")[0] or "it is empty"
-        if isinstance(error, pickle.UnpicklingError):  # its text says how to open it anyway
-            why = "it is damaged, or holds more than tensors"
-        raise DataError(
-            f"no weights can be read from it: {why}",
-            file=file,
-            fix="fetch it again if it is cut short; a pickle with more than tensors in it could "
-            "run code and is never opened",
-        ) from error
+    except Exception as error:  # damaged bytes make torch raise a dozen kinds of errors
+        what = f"the weights cannot be read ({type(error).__name__})"
+        raise DataError(what, file=file, fix=fix) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError("it holds something else than named tensors", file=file)
+        raise DataError("the file holds something other than named tensors", file=file, fix=fix)
     return dict(state)
 
 
 def fill_weights(model: nn.Module, state: Mapping[str, Tensor], name: str, file: Path) -> None:
-    """Give a model the weights that fit it exactly, or say what does not fit."""
-    own = model.state_dict()
-    lists = {
-        "lacks": own.keys() - state.keys(),
-        "has too much": state.keys() - own.keys(),
-        "has another shape of": {
-            key for key in own.keys() & state.keys() if own[key].shape != state[key].shape
-        },
-    }
-    wrong = [f"it {what} {len(keys)}, such as {min(keys)}" for what, keys in lists.items() if keys]
-    if wrong:
+    """Load weights into a model; raise an error when names or shapes differ."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise DataError(
-            f"the weights do not fit the tower {name!r}: " + "; ".join(wrong),
+            f"the weights do not fit the tower {name!r}: {'; '.join(lines)[:300]}",
             file=file,
             fix="use the tower that these weights were made with, or other weights",
-        )
-    model.load_state_dict(state)
+        ) from error
 
 
 # How Transformers names what open_clip has, outside the blocks and inside one.
@@ -437,50 +386,43 @@ _INSIDE = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_BLOCKS = {
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-}
+_BLOCKS = {"text": "transformer.resblocks", "vision": "visual.transformer.resblocks"}
+_IN_BLOCK = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and join the weights of a CLIP model of Transformers to those of open_clip.
 
-    Query, key and value lie one below the other in open_clip, and its two projections are
-    transposed. Whether the GELU was the quick one is not in the weights: the tower must know.
+    Query, key and value are stacked into one matrix in open_clip, and its two projections are
+    transposed. The weights do not show whether the GELU was the quick one: the tower must know.
 
     Raises
     ------
     DataError
-        When a name is not known, or one of query, key and value is missing.
+        When a name is unknown, or one of query, key and value is missing.
     """
-    new, thirds = {}, {}
+    new, stacked = {}, {}
     for name, value in state.items():
-        block = next((start for start in _BLOCKS if name.startswith(start)), None)
         if name in _OUTSIDE:
             flip = name in ("text_projection.weight", "visual_projection.weight")
             new[_OUTSIDE[name]] = (value.T if flip else value).contiguous()
-        elif block:
-            number, _, rest = name.removeprefix(block).partition(".")
-            part, _, kind = rest.rpartition(".")
+        elif found := _IN_BLOCK.fullmatch(name):
+            side, number, part, kind = found.groups()
+            block = f"{_BLOCKS[side]}.{number}"
             if part in _INSIDE:
-                new[f"{_BLOCKS[block]}{number}.{_INSIDE[part]}.{kind}"] = value.contiguous()
-            elif part in (f"self_attn.{letter}_proj" for letter in "qkv"):
-                joint = thirds.setdefault(f"{_BLOCKS[block]}{number}.attn.in_proj_{kind}", {})
-                joint[part[-6]] = value
+                new[f"{block}.{_INSIDE[part]}.{kind}"] = value.contiguous()
             else:
-                raise _unconverted(f"has {name}, which open_clip has no place for")
+                stacked.setdefault(f"{block}.attn.in_proj_{kind}", {})[part] = value
         elif not name.endswith("position_ids"):  # older versions saved these 0, 1, 2, ...
-            raise _unconverted(f"has {name}, which open_clip has no place for")
-    for name, parts in thirds.items():
-        if len(parts) < 3:
-            raise _unconverted(f"lacks a part of what becomes {name}")
-        new[name] = torch.cat([parts[letter] for letter in "qkv"])
+            what = f"this checkpoint has {name}, which open_clip has no place for"
+            raise DataError(what, fix="convert only CLIP models of Transformers")
+    wanted = [f"self_attn.{letter}_proj" for letter in "qkv"]
+    for name, parts in stacked.items():
+        if sorted(parts) != sorted(wanted):
+            what = f"this checkpoint has {sorted(parts)} instead of {wanted} for {name}"
+            raise DataError(what, fix="convert only CLIP models of Transformers")
+        new[name] = torch.cat([parts[part] for part in wanted])
     return new
-
-
-def _unconverted(what: str) -> DataError:
-    return DataError(f"this checkpoint {what}", fix="convert only CLIP models of Transformers")
 
 
 class ImageTower(nn.Module):
@@ -572,7 +514,7 @@ class Colour(nn.Module):
 
 
 def _sorted(numbers: Tensor) -> Tensor:
-    """Sort along the last axis; on a CPU by numpy, which does it in a tenth of torch's time."""
+    """Sort along the last axis; on a CPU with numpy, which takes a tenth of torch's time."""
     if numbers.device.type == "cpu":
         return torch.from_numpy(np.sort(numbers.detach().numpy()))
     return numbers.sort().values
@@ -607,27 +549,25 @@ def load(
     DataError
         When weights cannot be had, cannot be read, or belong to another tower.
     """
-    known = card(name)
     if name == "colour":
         return Colour()
+    known = card(name)
     file = find_weights(known, pretrained, weights)
-    if known.architecture.startswith("timm:"):
-        with _seeded(seed):
-            model = trunk = timm.create_model(
-                known.architecture.removeprefix("timm:"), num_classes=0, **known.options
-            )
-    else:
+    timm_name = known.architecture.removeprefix("timm:")
+    if timm_name == known.architecture:
         model = _clip(known, seed)
         trunk = model.visual
+    else:
+        with _seeded(seed):
+            model = trunk = timm.create_model(timm_name, num_classes=0, **known.options)
     tower = ImageTower(known, trunk)
     if file:
         state = read_weights(file, known, weights is None)
         if all(key.startswith("trunk.") for key in state):
             model = tower
         elif model is trunk:  # timm's file has a classifier, the tower has none
-            heads = trunk.default_cfg.get("classifier") or ()
-            heads = tuple(f"{h}." for h in ([heads] if isinstance(heads, str) else heads))
-            state = {key: value for key, value in state.items() if not key.startswith(heads)}
+            head = f"{trunk.default_cfg['classifier']}."
+            state = {key: value for key, value in state.items() if not key.startswith(head)}
         fill_weights(model, state, name, file)
     return tower.eval()
 
@@ -643,14 +583,12 @@ def load_clip(
     known = card(name)
     if name == "colour" or known.architecture.startswith("timm:"):
         raise DataError(f"the tower {name!r} has no text side", fix="use towers.load")
+    text = model_config(known.architecture)["text_cfg"]
+    if "hf_tokenizer_name" in text:
+        what = f"the tokenizer of {name!r} comes with the package transformers"
+        raise DataError(what, fix="use towers.load for its image side, or open_clip itself")
     file = find_weights(known, pretrained, weights)
     model = _clip(known, seed)
-    text = model_config(known.architecture)["model_cfg"]["text_cfg"]
-    if "hf_tokenizer_name" in text:
-        raise DataError(
-            f"the tokenizer of {name!r} comes with the package transformers",
-            fix="use towers.load for its image side, or open_clip itself",
-        )
     if file:
         fill_weights(model, read_weights(file, known, weights is None), name, file)
     return model.eval(), open_clip.SimpleTokenizer(context_length=text.get("context_length", 77))
@@ -658,15 +596,14 @@ def load_clip(
 
 def _clip(known: Card, seed: int) -> open_clip.CLIP:
     """Build both towers with random weights."""
-    config = model_config(known.architecture)["model_cfg"]
+    config = model_config(known.architecture)
     if "multimodal_cfg" in config or "hf_model_name" in config["text_cfg"]:
-        raise DataError(
-            f"{known.name!r} is more than two towers of open_clip", fix="build it with open_clip"
-        )
-    custom = config.pop("custom_text", False)
-    config["vision_cfg"]["timm_model_pretrained"] = False  # no download behind our back
+        what = f"{known.name!r} is not made of two towers of open_clip"
+        raise DataError(what, fix="build it with open_clip.create_model")
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    config["vision_cfg"]["timm_model_pretrained"] = False  # no unexpected download
     with _seeded(seed):
-        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+        return kind(**config)
 
 
 @contextlib.contextmanager
@@ -683,7 +620,7 @@ class TextTower(nn.Module):
     def __init__(self, clip: open_clip.CLIP) -> None:
         super().__init__()
         if not isinstance(clip, open_clip.CLIP):
-            raise DataError(f"{type(clip).__name__} is built differently", fix="use its .text")
+            raise DataError(f"{type(clip).__name__} is not open_clip's CLIP", fix="use its .text")
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
         self.transformer, self.ln_final = clip.transformer, clip.ln_final
@@ -695,7 +632,7 @@ class TextTower(nn.Module):
         """Turn tokens, int64 ``(n, context)``, into features ``(n, width)``, not of unit length."""
         if tokens.ndim != 2 or tokens.shape[1] != self.context or tokens.is_floating_point():
             raise DataError(
-                f"tokens must be whole numbers (n, {self.context}), not {tokens.dtype} "
+                f"tokens must be integers (n, {self.context}), not {tokens.dtype} "
                 f"{tuple(tokens.shape)}",
                 fix="make them with the tokenizer that load_clip returns",
             )
@@ -739,7 +676,8 @@ class GeneTower(nn.Module):
         n = len(self.genes)
         if n == 0 or len(set(self.genes)) < n:
             twice = sorted({gene for gene in self.genes if self.genes.count(gene) > 1})
-            raise DataError(f"a panel needs genes, each once; more than once: {_some(twice)}")
+            fix = "give each gene of the panel once"
+            raise DataError(f"no genes, or duplicate genes: {_some(twice)}", fix=fix)
         with _seeded(seed):
             if kind == "linear":
                 self.layers = nn.Linear(n, width)
@@ -753,7 +691,7 @@ class GeneTower(nn.Module):
                     nn.Linear(hidden, width),
                 )
             else:
-                raise DataError(f"a gene tower is 'linear' or 'mlp', not {kind!r}")
+                raise DataError(f"gene tower {kind!r} is unknown", fix="choose 'linear' or 'mlp'")
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
 
@@ -770,34 +708,13 @@ class GeneTower(nn.Module):
         self._check(rows)
         if not len(rows) or not rows.isfinite().all():
             broken = [g for g, ok in zip(self.genes, rows.isfinite().all(0), strict=True) if not ok]
-            raise DataError(f"expression is empty, NaN or infinite, for: {_some(broken)}")
+            what = f"expression is empty, NaN or infinite for: {_some(broken)}"
+            raise DataError(what, fix="remove these spots or genes")
         if self.kind == "mlp":
             std = rows.std(dim=0, correction=0)
             self.mean.copy_(rows.mean(dim=0))
             self.std.copy_(torch.where(std > 1e-6, std, 1.0))
         return self
-
-    def table(self, expression: pd.DataFrame) -> np.ndarray:
-        """Return expression with genes as columns as float32 ``(spots, genes)`` in panel order.
-
-        Raises
-        ------
-        DataError
-            Naming the genes that are missing, there twice, or not finite.
-        """
-        columns = expression.columns
-        if missing := [gene for gene in self.genes if gene not in columns]:
-            raise DataError(
-                f"genes of the panel are not in the table: {_some(missing)}",
-                fix="choose the panel among genes that every slide has",
-            )
-        if twice := [gene for gene in columns[columns.duplicated()].unique() if gene in self.genes]:
-            raise DataError(f"genes of the panel are in the table twice: {_some(twice)}")
-        values = expression[list(self.genes)].to_numpy(np.float32)
-        if not np.isfinite(values).all():
-            broken = np.asarray(self.genes)[~np.isfinite(values).all(axis=0)]
-            raise DataError(f"expression is NaN or infinite for: {_some(broken)}")
-        return values
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn expression, float32 ``(n, genes)``, into features ``(n, width)``."""
@@ -808,7 +725,7 @@ class GeneTower(nn.Module):
         if x.ndim != 2 or x.shape[1] != len(self.genes):
             raise DataError(
                 f"expression must have shape (n, {len(self.genes)}), not {tuple(x.shape)}",
-                fix="make it with the tower's table()",
+                fix="give the genes of the panel, in its order",
             )
 
     def get_extra_state(self) -> Tensor:
@@ -816,13 +733,13 @@ class GeneTower(nn.Module):
         return torch.tensor(list(json.dumps(self.genes).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the state of another panel."""
+        """Raise an error for the state of a different panel."""
         genes = tuple(json.loads(bytes(state.tolist())))
         if genes != self.genes:
             other = [gene for gene in genes if gene not in self.genes]
             raise DataError(
-                "these weights belong to another panel: "
-                + (f"{_some(other)} is not in this one" if other else "the order differs"),
+                "these weights belong to a different panel: "
+                + (f"{_some(other)} not in this one" if other else "the order differs"),
                 fix="build the tower with the panel it was trained on",
             )
 
@@ -840,7 +757,8 @@ def as_pixels(tiles: np.ndarray | Tensor, device: str | torch.device = "cpu") ->
         tiles = tiles.copy()  # torch wants to be able to write
     tiles = torch.as_tensor(tiles)
     if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
-        raise DataError(f"tiles must be uint8 (n, h, w, 3), not {tiles.dtype} {tuple(tiles.shape)}")
+        what = f"tiles must be uint8 (n, h, w, 3), not {tiles.dtype} {tuple(tiles.shape)}"
+        raise DataError(what, fix="give tiles as helpers.tiles cuts them")
     return tiles.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -860,10 +778,10 @@ def embed(
     Parameters
     ----------
     tower, tiles, batch_size, device
-        What embeds what, how many at a time, and where.
+        The tower, its tiles, how many tiles at a time, and the device.
     cache
-        Keep the features and compute only those of tiles which these weights have not seen before.
-        For towers of `load` alone; what a module of another class computes, its weights do not say.
+        Keep the features, and compute them only for tiles that are new to these weights. Only for
+        towers of `load`: the weights of other modules do not determine what they compute.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if cache and type(tower) in (ImageTower, Colour) and len(tiles):
@@ -882,15 +800,15 @@ def embed(
 
 
 FEATURES = 1
-"""Counted up whenever a tower of the same weights gives other features than before."""
+"""Version of the features; increased when a tower of the same weights gives different ones."""
 
 
 def _remembered(
     tower: nn.Module, tiles: np.ndarray, batch_size: int, device: torch.device
 ) -> np.ndarray:
-    """`embed`, with one file in the cache per tower: the digests of its tiles, and their features.
+    """`embed`, with a file in the cache per tower: digests of its tiles, and their features.
 
-    Where two processes add to it at a time, the later one wins, and the rest is computed again.
+    When two processes write it at once, the later one wins, and the rest is computed again.
     """
     what = [FEATURES, device.type, tiles.shape[1:], repr(tower), tower.card]
     key = hashed([*what, *(x for item in tower.state_dict().items() for x in item)])
@@ -912,7 +830,7 @@ def _read_features(file: Path, width: int) -> tuple[list[str], np.ndarray]:
         try:
             with np.load(file) as kept:  # the zip's checksums are verified while reading
                 return kept["names"].tolist(), kept["features"]
-        except Exception as error:  # at damaged bytes zipfile and numpy throw a dozen kinds
+        except Exception as error:  # damaged bytes make numpy raise a dozen kinds of errors
             logger.warning("%s is damaged (%r); its tiles are embedded again", file, error)
     return [], np.empty((0, width), np.float32)
 
@@ -926,27 +844,26 @@ def freeze(tower: nn.Module, blocks: int | None) -> None:
         Any tower for None or 0; for other numbers an `ImageTower` whose trunk open_clip or timm
         knows how to divide.
     blocks
-        How many: None for the whole tower, 0 for nothing at all.
+        How many: None for the whole tower, 0 for none of it.
     """
     tower.requires_grad_(blocks is None)
     if blocks:
         trunk = getattr(tower, "trunk", None)
-        if isinstance(trunk, open_clip.transformer.VisionTransformer):
-            there = len(trunk.transformer.resblocks)
+        is_clip = isinstance(trunk, open_clip.transformer.VisionTransformer)
+        if is_clip:
+            n_blocks = len(trunk.transformer.resblocks)
         elif hasattr(trunk, "group_matcher"):
             groups = timm.models.group_parameters(trunk, trunk.group_matcher())
-            there = len(groups) - 1  # the first one is what comes before the blocks
+            n_blocks = len(groups) - 1  # the first group comes before the blocks
         else:
-            raise DataError(f"no blocks are known in {type(trunk or tower).__name__}")
-        if not 0 < blocks <= there:
-            raise DataError(
-                f"it has {there} blocks, of which {blocks} cannot stay trainable",
-                fix="give a smaller number, or None to train everything",
-            )
-        if isinstance(trunk, open_clip.transformer.VisionTransformer):
+            what = f"{type(trunk or tower).__name__} has no known blocks"
+            raise DataError(what, fix="give None to train the whole tower, or 0 to freeze it")
+        if not 0 < blocks <= n_blocks:
+            what = f"{blocks} blocks cannot stay trainable: the tower has {n_blocks} blocks"
+            raise DataError(what, fix="give a smaller number, or None to train the whole tower")
+        if is_clip:
             trunk.lock(unlocked_groups=blocks + 1)  # the projection is a group of its own
         else:
-            for group in sorted(groups)[-blocks:]:
-                for name in groups[group]:
-                    trunk.get_parameter(name).requires_grad_(True)
+            for name in (name for group in sorted(groups)[-blocks:] for name in groups[group]):
+                trunk.get_parameter(name).requires_grad_(True)
     tower.train(tower.training)  # frozen batch norms stop counting
