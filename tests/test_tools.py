@@ -208,6 +208,21 @@ def test_a_chapter_runs_again_when_something_has_changed(
     assert (tmp_path / "out" / "01_small.ipynb").exists()
 
 
+def test_compiled_code_is_no_part_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba compiles while the chapters run; the pages still belong to the same helpers."""
+    package = tmp_path / "src" / "helpers"
+    (package / "__pycache__").mkdir(parents=True)
+    (package / "tiles.py").write_text("A = 1\n")
+    monkeypatch.setattr(run_notebooks, "ROOT", tmp_path)
+    before = run_notebooks.helpers_digest()
+    (package / "__pycache__" / "tiles.cut-1.py311.nbi").write_bytes(b"compiled")
+    assert run_notebooks.helpers_digest() == before
+    (package / "page.html").write_text("<p>")
+    assert run_notebooks.helpers_digest() != before
+
+
 def test_a_chapter_that_two_runs_keep_at_once_is_kept_once(tmp_path: Path) -> None:
     (tmp_path / "ran").mkdir()
     (tmp_path / "ran" / "01_small.ipynb").write_text("executed")

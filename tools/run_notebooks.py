@@ -47,8 +47,8 @@ UNTOUCHED = "The pages of the last complete run, if there are any, are unchanged
 def helpers_digest() -> str:
     """Return one SHA-256 over the helper package: its code is part of what made a page."""
     total = hashlib.sha256()
-    files = (p for p in (ROOT / "src" / "helpers").rglob("*") if p.is_file() and p.suffix != ".pyc")
-    for path in sorted(files):
+    files = (p for p in (ROOT / "src" / "helpers").rglob("*") if p.is_file())
+    for path in sorted(p for p in files if p.parent.name != "__pycache__"):  # Python's, numba's
         total.update(f"{path.name} {digest(path)}\n".encode())
     return total.hexdigest()
 
