@@ -150,13 +150,6 @@ def test_exif_orientation_is_not_applied_because_coordinates_count_stored_pixels
     assert (images.info(path).width, images.info(path).height) == (90, 60)
 
 
-def test_buffer_is_used_when_large_enough_and_replaced_when_not(put):
-    path = put(Image.fromarray(picture()), "JPEG")
-    large, small = np.zeros(60 * 90 * 3 + 7, np.uint8), np.zeros(10, np.uint8)
-    assert np.shares_memory(images.read(path, buffer=large), large)
-    assert np.array_equal(images.read(path, buffer=small), images.read(path))
-
-
 # --------------------------------------------------------------------------- smaller, and by region
 
 

@@ -72,13 +72,7 @@ def info(path: Path | str, *, slide: str | None = None) -> ImageInfo:
             return ImageInfo(kind, *image.size)
 
 
-def read(
-    path: Path | str,
-    *,
-    max_side: int | None = None,
-    slide: str | None = None,
-    buffer: np.ndarray | None = None,
-) -> np.ndarray:
+def read(path: Path | str, *, max_side: int | None = None, slide: str | None = None) -> np.ndarray:
     """Read an image as RGB.
 
     Parameters
@@ -90,9 +84,6 @@ def read(
         px. It is never enlarged.
     slide
         Slide name for messages.
-    buffer
-        Flat uint8 array to decode into, used if it is large enough. Reusing one for many slides is
-        faster, because allocating memory takes longer than decoding a JPEG.
 
     Returns
     -------
@@ -112,7 +103,7 @@ def read(
     factor = 1.0 if max_side is None else max(1.0, max(header.width, header.height) / max_side)
     reader = {"JPEG": _read_jpeg, "PNG": _read_png, "TIFF": _read_tiff}[header.format]
     with _decoding(path, slide):
-        pixels = reader(path, header, factor, buffer)
+        pixels = reader(path, header, factor)
         if factor > 1:
             size = max(1, round(header.width / factor)), max(1, round(header.height / factor))
             pixels = _shrink(pixels, size)
@@ -207,9 +198,7 @@ def _decoding(path: Path, slide: str | None) -> Iterator[None]:
 # --------------------------------------------------------------------------- one reader per format
 
 
-def _read_jpeg(
-    path: Path, header: ImageInfo, factor: float, buffer: np.ndarray | None
-) -> np.ndarray:
+def _read_jpeg(path: Path, header: ImageInfo, factor: float) -> np.ndarray:
     """Decode a JPEG, shrunk by `factor` or a little less."""
     import simplejpeg
 
@@ -225,32 +214,26 @@ def _read_jpeg(
     height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False, **smallest)
     # All coefficients of a progressive JPEG are in memory, however small the result.
     _check_size(header.width * header.height if progressive else width * height)
-    out = _view(buffer, (height, width, 3))
     # Strict: every warning of the decoder is an error. Stray bytes before a marker may be harmless,
     # but damage looks the same, and no slide of the book has them.
-    return simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=True, **smallest)
+    return simplejpeg.decode_jpeg(data, "RGB", strict=True, **smallest)
 
 
-def _read_png(
-    path: Path, header: ImageInfo, factor: float, buffer: np.ndarray | None
-) -> np.ndarray:
+def _read_png(path: Path, header: ImageInfo, factor: float) -> np.ndarray:
     """Decode a PNG whole; plain RGB without Pillow, which needs three times the memory."""
     import imagecodecs
 
     _check_size(header.width * header.height)
     with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
         if image.mode == image.tile[0].args == "RGB" and not image.has_transparency_data:
-            out = _view(buffer, (header.height, header.width, 3))
-            return imagecodecs.png_decode(path.read_bytes(), out=out)
+            return imagecodecs.png_decode(path.read_bytes())
         image.load()
         if image.mode.startswith("I"):  # 16 bits
             return _to_rgb8(np.asarray(image))
         return _to_rgb8(np.array(image.convert("RGBA" if image.has_transparency_data else "RGB")))
 
 
-def _read_tiff(
-    path: Path, header: ImageInfo, factor: float, buffer: np.ndarray | None
-) -> np.ndarray:
+def _read_tiff(path: Path, header: ImageInfo, factor: float) -> np.ndarray:
     """Decode the first image of a TIFF; when shrinking, from the best level of its pyramid."""
     with _tiff(path) as tiff:
         page = _checked(tiff.pages.first)
@@ -310,14 +293,6 @@ def _to_rgb8(pixels: np.ndarray) -> np.ndarray:
         over.paste(Image.fromarray(pixels[:, :, :3]), mask=Image.fromarray(pixels[:, :, 3]))
         return np.array(over)
     return pixels
-
-
-def _view(buffer: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the start of `buffer` in this shape, or new memory if it is too small."""
-    size = math.prod(shape)
-    if buffer is None or buffer.size < size:
-        return np.empty(shape, np.uint8)
-    return buffer[:size].reshape(shape)
 
 
 def _reduce(pixels: np.ndarray, step: int) -> np.ndarray:

@@ -20,17 +20,13 @@ import csv
 import json
 import logging
 import math
-import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
 
 import anndata as ad
 import numba
@@ -48,7 +44,7 @@ TISSUE_OD = 0.03
 """Mean optical density above the slide's background from which a px counts as tissue."""
 _VERSION = 2  # of the way tiles are made; a new one makes every cached array stale
 _CHUNK = 32  # tiles per task of a thread
-_LARGE = 100_000_000  # bytes of memory that are worth two threads to ask for
+_BATCH = 32  # tasks whose tiles are in memory at the same time
 _SAMPLE = 500  # px: longest side of the sample that shows a slide's background
 
 
@@ -93,8 +89,8 @@ def cut(
             box = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
             tile[:] = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
-    The code below is longer because it runs in threads on memory that it uses again, goes on
-    beyond the edge of the image, and caches.
+    The code below is longer because it uses threads, goes on beyond the edge of the image, and
+    keeps the tiles in the cache.
     """
     return cut_study([adata], side_um=side_um, size=size, edge=edge, cache=cache)
 
@@ -140,17 +136,19 @@ def cut_study(
     if shape[0] == 0:
         raise DataError("there is no spot to cut a tile for", fix="check slides and edge")
     if not cache:
-        array = np.empty(shape, np.uint8)
-        index, per_slide = _fill(_in_memory(array), jobs, settings)
-        return Tiles(array, index, {**settings, "slides": per_slide})
+        parts: list[np.ndarray] = []
+        index, per_slide = _cut(jobs, settings, parts.append)
+        return Tiles(np.concatenate(parts), index, {**settings, "slides": per_slide})
     key = digest(version=_VERSION, **settings, slides=[job.key() for job in jobs])
     folder = cache_dir() / "tiles" / key
     if (tiles := _load(folder, shape)) is not None:
         return tiles
     with atomic(folder) as temporary:
         temporary.mkdir()
-        with _in_file(temporary / "tiles.npy", shape) as store:
-            index, per_slide = _fill(store, jobs, settings)
+        with (temporary / "tiles.npy").open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            index, per_slide = _cut(jobs, settings, file.write)
         index.to_csv(temporary / "index.csv", quoting=csv.QUOTE_NONNUMERIC)
         text = json.dumps({**settings, "slides": per_slide}, indent=1)
         (temporary / "settings.json").write_text(text)
@@ -342,36 +340,7 @@ def _check_one_slide(adata: ad.AnnData) -> str | None:
     return next(iter(known), None)
 
 
-# --------------------------------------------------------------------------- where tiles go
-
-_Store = Callable[[int, np.ndarray], None]  # (row of the first tile, tiles)
-
-
-def _in_memory(array: np.ndarray) -> _Store:
-    def store(row: int, part: np.ndarray) -> None:
-        array[row : row + len(part)] = part
-
-    return store
-
-
-@contextmanager
-def _in_file(path: Path, shape: tuple[int, ...]) -> Iterator[_Store]:
-    """Write an array in NumPy's format part by part, in any order.
-
-    Writing through a memory map would take several times as long: each page of it is a fault.
-    """
-    lock = Lock()
-    with path.open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        begin, step = file.tell(), math.prod(shape[1:])
-
-        def store(row: int, part: np.ndarray) -> None:
-            with lock:
-                file.seek(begin + row * step)
-                file.write(part)
-
-        yield store
+# --------------------------------------------------------------------------- the cache
 
 
 def _load(folder: Path, shape: tuple[int, ...]) -> Tiles | None:
@@ -392,21 +361,9 @@ def _load(folder: Path, shape: tuple[int, ...]) -> Tiles | None:
             raise ValueError(f"{array.shape} and {len(index)} rows instead of {shape}")
     except Exception as error:  # at damaged bytes numpy, pandas and json throw a dozen kinds
         logger.warning("the cached tiles in %s are damaged (%r) and are cut again", folder, error)
-        _remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     return Tiles(array, index, settings)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder of the cache: renamed first, so that no process reads half of it.
-
-    The name is one that `files.atomic` cleans up should this process die here.
-    """
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as aside:
-        try:
-            folder.rename(Path(aside) / folder.name)
-        except FileNotFoundError:
-            logger.info("another process has removed %s", folder)
 
 
 # --------------------------------------------------------------------------- cutting
@@ -414,45 +371,30 @@ def _remove(folder: Path) -> None:
 _Pixels = Callable[[int, int, int, int], np.ndarray]  # (y0, y1, x0, x1) -> uint8 (h, w, 3)
 
 
-def _fill(store: _Store, jobs: list[_Job], settings: dict) -> tuple[pd.DataFrame, dict]:
-    """Cut and store the tiles of every job; return the index and the facts per slide."""
-    buffer = _buffer(jobs)
-    parts, per_slide, start = [], {}, 0
+def _cut(
+    jobs: list[_Job], settings: dict, write: Callable[[np.ndarray], object]
+) -> tuple[pd.DataFrame, dict]:
+    """Cut the tiles of every job and write them in order; return the index, facts per slide."""
+    parts, per_slide = [], {}
     total = sum(len(job.spots) for job in jobs)
     with progress(total=total, desc="tiles", unit="tile", delay=1, leave=False) as bar:
         for job in jobs:
-            pixels, sample = _open(job, buffer)
+            pixels, sample = _open(job)
             background = _background(sample)
-            parts.append(_cut_slide(store, start, job, pixels, background, settings, bar))
+            parts.append(_cut_slide(job, pixels, background, settings, write, bar))
             per_slide[job.slide] = {
                 "um_per_px": job.um_per_px,
                 "side_px": job.side_px,
                 "background": background.tolist(),
             }
-            start += len(job.spots)
-    index = pd.concat(parts).rename_axis("spot")
+    index = pd.concat(parts).rename_axis("spot").assign(row=np.arange(total))
     if index.index.has_duplicates:
         twice = index.index[index.index.duplicated()][0]
         raise DataError(f"duplicate spot id {twice}", fix="make spot ids unique across slides")
     return index, per_slide
 
 
-def _buffer(jobs: list[_Job]) -> np.ndarray:
-    """Return memory for the largest slide, to decode all of them into.
-
-    The system takes longer to provide fresh memory than we take to decode: two threads ask once.
-    """
-    whole = [job.header for job in jobs if job.header.format != "TIFF"]
-    sizes = [header.width * header.height for header in whole]
-    buffer = np.empty(3 * max((n for n in sizes if n <= images.MAX_PIXELS), default=0), np.uint8)
-    if buffer.size > _LARGE:
-        pages = buffer[:: mmap.PAGESIZE]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda part: part.fill(0), np.array_split(pages, 2)))
-    return buffer
-
-
-def _open(job: _Job, buffer: np.ndarray) -> tuple[_Pixels, np.ndarray]:
+def _open(job: _Job) -> tuple[_Pixels, np.ndarray]:
     """Return a function that gives pixels of a slide, and a sparse sample of all of them."""
     if job.header.format == "TIFF" and job.header.width * job.header.height > images.MAX_PIXELS:
 
@@ -460,7 +402,7 @@ def _open(job: _Job, buffer: np.ndarray) -> tuple[_Pixels, np.ndarray]:
             return images.read_region(job.path, (x0, y0, x1, y1), slide=job.slide)
 
         return read, images.read(job.path, max_side=_SAMPLE, slide=job.slide)
-    image = images.read(job.path, slide=job.slide, buffer=buffer)
+    image = images.read(job.path, slide=job.slide)
     step = max(1, max(image.shape) // _SAMPLE)
     return lambda y0, y1, x0, x1: image[y0:y1, x0:x1], image[::step, ::step]
 
@@ -477,45 +419,34 @@ def _background(sample: np.ndarray) -> np.ndarray:
 
 
 def _cut_slide(
-    store: _Store,
-    start: int,
     job: _Job,
     pixels: _Pixels,
     background: np.ndarray,
     settings: dict,
+    write: Callable[[np.ndarray], object],
     bar: tqdm,
 ) -> pd.DataFrame:
-    """Cut the tiles of one slide in two threads, store them from row `start` on; return its index.
-
-    A thread cuts some tiles into memory of its own, which stays in the processor's cache, measures
-    them there, and hands them to the store.
-    """
-    n, size, threads = len(job.spots), settings["size"], min(2, os.cpu_count() or 1)
+    """Cut the tiles of one slide in two threads and write them in order; return its index."""
+    n, size = len(job.spots), settings["size"]
     tissue, sharpness = np.empty(n), np.empty(n)
-    memory: SimpleQueue = SimpleQueue()
-    for _ in range(threads):
-        memory.put(np.empty((_CHUNK, size, size, 3), np.uint8))
 
-    def work(begin: int) -> int:
+    def work(begin: int) -> np.ndarray:
         part = slice(begin, min(begin + _CHUNK, n))
-        chunk = memory.get()
-        try:
-            out = chunk[: part.stop - begin]
-            for tile, (x, y) in zip(out, job.xy[part], strict=True):
-                _cut_one(tile, pixels, job, x, y, settings["edge"])
-            tissue[part], sharpness[part] = tissue_fraction(out, background), focus(out)
-            store(start + begin, out)
-            return len(out)
-        finally:
-            memory.put(chunk)
+        tiles = np.empty((part.stop - begin, size, size, 3), np.uint8)
+        for tile, (x, y) in zip(tiles, job.xy[part], strict=True):
+            _cut_one(tile, pixels, job, x, y, settings["edge"])
+        tissue[part], sharpness[part] = tissue_fraction(tiles, background), focus(tiles)
+        return tiles
 
-    with ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(work, range(0, n, _CHUNK)):
-            bar.update(done)
+    step = _CHUNK * _BATCH
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        for start in range(0, n, step):
+            for tiles in pool.map(work, range(start, min(start + step, n), _CHUNK)):
+                write(tiles)
+                bar.update(len(tiles))
     x, y = job.xy.T
     columns = {"slide": job.slide, "x_px": x, "y_px": y, "inside": job.inside}
-    columns |= {"tissue": tissue, "focus": sharpness, "row": np.arange(start, start + n)}
-    return pd.DataFrame(columns, index=job.spots)
+    return pd.DataFrame({**columns, "tissue": tissue, "focus": sharpness}, index=job.spots)
 
 
 def _cut_one(tile: np.ndarray, pixels: _Pixels, job: _Job, x: float, y: float, edge: str) -> None:
