@@ -170,6 +170,12 @@ def study(name: str) -> Study:
     return STUDIES[name]
 
 
+def study_of(slide: str) -> Study | None:
+    """Return the first study that has the slide, or None."""
+    has_it = (s for s in STUDIES.values() if slide in {section.slide for section in s.sections})
+    return next(has_it, None)
+
+
 # --------------------------------------------------------------------------- files
 
 
@@ -244,9 +250,9 @@ def local_root(root: Path | str | None = None) -> Path | None:
 
 def technology(slide: str, *, root: Path | str | None = None) -> str:
     """Return the technology of a slide, from the book's studies or the metadata table."""
-    known = {section.slide: section.tech for s in STUDIES.values() for section in s.sections}
-    if slide not in known:
-        known = metadata(root).set_index("slide")["tech"]
+    if (home := study_of(slide)) is not None:
+        return home.section(slide).tech
+    known = metadata(root).set_index("slide")["tech"]
     if slide not in known:
         raise DataError(
             "this slide is not in the metadata table",

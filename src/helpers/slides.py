@@ -53,7 +53,7 @@ def load_study(
     Parameters
     ----------
     name
-        ``"demo"`` (simulated on the spot when it is not in the cache), ``"mob"``, ``"her2st"`` or
+        ``"demo"``, which is simulated when it is not in the cache, ``"mob"``, ``"her2st"`` or
         ``"dlpfc"``.
     root
         A local copy of the dataset; ``STIMAGE_ROOT``, then the hub, when not given.
@@ -94,7 +94,7 @@ def load(
         When a file is missing or damaged, the spot ids of two files do not match, a spot lies
         outside the image, or most spots lie off the tissue (as when x and y are swapped).
     """
-    home = _study_of(slide, study)
+    home = catalog.study(study) if study else catalog.study_of(slide)
     if home is not None and home.name == "demo" and root is None:
         from helpers import simulate
 
@@ -123,20 +123,18 @@ def load(
         order = [name for name in home.labels if name in found]
         label = pd.Categorical(label, categories=order + sorted(found - set(order)))
     adata.obs["label"] = label
-    adata.obs["slide"] = pd.Categorical([slide] * adata.n_obs)
-    adata.obs["donor"] = pd.Categorical([section.donor if section else slide] * adata.n_obs)
-    adata.obs["group"] = pd.Categorical([section.group if section else slide] * adata.n_obs)
-    adata.obs["study"] = pd.Categorical([home.name if home else "own"] * adata.n_obs)
+    facts = {"donor": slide, "group": slide, "study": "own"}
+    if section is not None:
+        facts = {"donor": section.donor, "group": section.group, "study": home.name}
+    _same_for_all(adata, slide=slide, **facts)
     path, radius_px = catalog.find(slide, "image", tech=tech, root=root), float(coord["r"].median())
     return attach_image(adata, slide, path, tech, radius_px=radius_px, image=image)
 
 
-def _study_of(slide: str, name: str | None) -> catalog.Study | None:
-    """Return the study called `name`, else the first one that has the slide, else None."""
-    if name is not None:
-        return catalog.study(name)
-    has_it = (s for s in catalog.STUDIES.values() if slide in [one.slide for one in s.sections])
-    return next(has_it, None)
+def _same_for_all(adata: ad.AnnData, **facts: object) -> None:
+    """Add columns to ``obs`` that have one value for all spots."""
+    for column, value in facts.items():
+        adata.obs[column] = pd.Categorical([value] * adata.n_obs)
 
 
 def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
@@ -147,9 +145,8 @@ def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
     values = coord.apply(pd.to_numeric, errors="coerce")
     bad = ~np.isfinite(values).all(axis=1) | (values["r"] <= 0)
     if bad.any():
-        what = (
-            f"x or y is not a number, or r not above 0, for {bad.sum()} spots ({bad.idxmax()} ...)"
-        )
+        wrong = "x or y is not a number, or r not above 0,"
+        what = f"{wrong} for {bad.sum()} spots ({bad.idxmax()} ...)"
         raise DataError(what, slide=slide, file=path, fix="correct or remove these rows")
     return values
 
@@ -239,7 +236,6 @@ def read_space_ranger(
     adata = _unique_symbols(adata, slide, matrix)
     positions = _read_positions(folder / "spatial", slide)
     positions = positions[positions["in_tissue"] == 1]
-    _check_unique_ids(adata.obs_names, slide, matrix)
     shared = _shared_ids(positions.index, adata.obs_names, slide, matrix)
     adata, positions = adata[shared].copy(), positions.loc[shared]
 
@@ -250,8 +246,8 @@ def read_space_ranger(
         logger.warning(
             "slide %s: no full image given; tiles will be as coarse as its thumbnail", slide
         )
-    xy = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
-    adata.obsm["spatial"] = factor * xy
+    places = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
+    adata.obsm["spatial"] = factor * positions[places].to_numpy(float)
     adata.obs[["array_x", "array_y"]] = positions[["array_col", "array_row"]].to_numpy(int)
     if "bin_size_um" not in factors:
         return _own(adata, slide, matrix, image_file, "Visium")
@@ -343,10 +339,9 @@ def _own(
             "from the column of var that you give as symbols=", slide, adata.var_names[0],
         )  # fmt: skip
     adata.obs_names = slide + "_" + adata.obs_names.astype(str)
-    adata.obs["slide"] = pd.Categorical([slide] * adata.n_obs)
-    for column, value in {"donor": slide, "group": slide, "study": "own", "label": np.nan}.items():
-        if column not in adata.obs:
-            adata.obs[column] = pd.Categorical([value] * adata.n_obs)
+    facts = {"donor": slide, "group": slide, "study": "own", "label": np.nan}
+    missing = {column: value for column, value in facts.items() if column not in adata.obs}
+    _same_for_all(adata, slide=slide, **missing)
     return attach_image(adata, slide, Path(image_file), tech, **scale)
 
 
@@ -419,16 +414,12 @@ def spot_table(spots: Spots, um_per_px: Scales = None) -> pd.DataFrame:
     if isinstance(spots, ad.AnnData):
         spots = {"": spots}
     if isinstance(spots, Mapping):
-        known = [item for a in spots.values() for item in a.uns.get("spatial", {}).items()]
-        um_per_px = {slide: one["um_per_px"] for slide, one in known} | dict(um_per_px or {})
-        spots = pd.concat(
-            [
-                a.obs.reindex(columns=a.obs.columns.union(["label"], sort=False))
-                .astype({"label": object})  # categories may differ between slides
-                .assign(x_px=a.obsm["spatial"][:, 0], y_px=a.obsm["spatial"][:, 1])
-                for a in spots.values()
-            ]
-        )
+        um_per_px = {
+            slide: known["um_per_px"]
+            for adata in spots.values()
+            for slide, known in adata.uns.get("spatial", {}).items()
+        } | dict(um_per_px or {})
+        spots = pd.concat([_obs_with_places(adata) for adata in spots.values()])
     who = ["slide", "donor", "group"]
     if lacking := [c for c in (*who, "label", "x_px", "y_px") if c not in spots]:
         fix = "take helpers.contrast.Pairs.spots, or slides from helpers.slides"
@@ -436,25 +427,52 @@ def spot_table(spots: Spots, um_per_px: Scales = None) -> pd.DataFrame:
     wanted = [*who, "study", "label", "x_px", "y_px", "x_um", "y_um"]
     table = spots[[column for column in wanted if column in spots]].copy()
     table["label"] = table["label"].astype(object).where(table["label"].notna(), None)
-    for column in table.columns.intersection([*who, "study"]):
-        if table[column].isna().any():
-            what = f"spot {table.index[table[column].isna()][0]} has no {column}"
-            raise DataError(what, fix=f"fill in the {column} of every spot")
-        table[column] = table[column].astype(str)
     _check_spot_table(table)
-    if um_per_px is not None:
-        um_per_px = {
-            slide: one.uns["spatial"][slide]["um_per_px"] if isinstance(one, ad.AnnData) else one
-            for slide, one in um_per_px.items()
-        }
-        scale = table["slide"].map(um_per_px).astype(float)
-        if scale.isna().any():
-            slide = table["slide"][scale.isna().to_numpy()].iloc[0]
+    for column in table.columns.intersection([*who, "study"]):
+        table[column] = table[column].astype(str)
+    if um_per_px is None:
+        return table
+    um_per_px = {
+        slide: one.uns["spatial"][slide]["um_per_px"] if isinstance(one, ad.AnnData) else one
+        for slide, one in um_per_px.items()
+    }
+    for slide in table["slide"].unique():
+        if slide not in um_per_px:
             raise DataError("no um per px is known", slide=slide, fix="add it to um_per_px")
-        for slide, value in um_per_px.items():
-            _check_scale(value, slide)
-        table["x_um"], table["y_um"] = table["x_px"] * scale, table["y_px"] * scale
+        _check_scale(um_per_px[slide], slide)
+    scale = table["slide"].map(um_per_px).astype(float)
+    table["x_um"], table["y_um"] = table["x_px"] * scale, table["y_px"] * scale
     return table
+
+
+def _obs_with_places(adata: ad.AnnData) -> pd.DataFrame:
+    """Return ``obs`` with a label, as text, and the coordinates as columns."""
+    obs = adata.obs.copy()
+    # As text, because the categories may differ between slides.
+    obs["label"] = obs["label"].astype(object) if "label" in obs else None
+    obs["x_px"], obs["y_px"] = adata.obsm["spatial"][:, :2].T
+    return obs
+
+
+def _check_spot_table(table: pd.DataFrame) -> None:
+    """Refuse a table that is empty, repeats a spot, or lacks a fact that every spot needs."""
+    if table.empty:
+        raise DataError("there are no spots", fix="check what was selected")
+    for column in table.columns.intersection(["slide", "donor", "group", "study"]):
+        if (missing := table[column].isna()).any():
+            what = f"spot {missing.idxmax()} has no {column}"
+            raise DataError(what, fix=f"fill in the {column} of every spot")
+    for column in ("donor", "group"):
+        n_values = table.groupby("slide", observed=True)[column].nunique()
+        if (n_values > 1).any():
+            what = f"its spots have more than one {column}"
+            raise DataError(what, slide=n_values.idxmax(), fix=f"give each slide one {column}")
+    lost = ~np.isfinite(table[["x_px", "y_px"]].to_numpy(float)).all(axis=1)
+    twice = table.set_index("slide", append=True).index.duplicated()
+    for bad, what in ((lost, "spot {} has no coordinates"), (twice, "duplicate spot id {}")):
+        if bad.any():
+            what, slide = what.format(table.index[bad][0]), table["slide"][bad].iloc[0]
+            raise DataError(what, slide=slide, fix="give each spot one row, with x_px and y_px")
 
 
 # --------------------------------------------------------------------------- scale and image
@@ -499,8 +517,6 @@ def estimate_um_per_px(
     radius_px
         Radius of a spot in px. For ST it gives the scale, since those spots were located one by
         one and their distances may scatter; the printed Visium grids give it through the pitch.
-        The dataset's authors computed r from the distance between columns, so the two agree on any
-        square array, standard or not: only knowing the array gives the scale.
     slide
         Its name, for the error.
 
@@ -608,19 +624,16 @@ def check_spots(adata: ad.AnnData, slide: str | None = None) -> None:
     """
     slide = slide or next(iter(adata.uns["spatial"]))
     known, where = _spatial(adata, slide), {"slide": slide, "file": image_path(adata, slide)}
-    xy, size = (
-        adata.obsm["spatial"],
-        (known["metadata"]["width_px"], known["metadata"]["height_px"]),
-    )
+    xy = adata.obsm["spatial"]
+    size = known["metadata"]["width_px"], known["metadata"]["height_px"]
     outside = ((xy < 0) | (xy >= size)).any(axis=1)
     if outside.any():
         swapped_fit = ((xy[:, ::-1] >= 0) & (xy[:, ::-1] < size)).all()
         x, y = xy[outside][0]
-        what = (
-            f"{outside.sum()} of {len(xy)} spots lie outside the image of {size[0]} x {size[1]} px"
-        )
+        many = f"{outside.sum()} of {len(xy)} spots lie outside the image"
+        what = f"{many} of {size[0]} x {size[1]} px, the first at x = {x:.0f}, y = {y:.0f}"
         fix = "x and y look swapped: the coordinate file has y first" if swapped_fit else SAME_SLIDE
-        raise DataError(f"{what}, the first at x = {x:.0f}, y = {y:.0f}", **where, fix=fix)
+        raise DataError(what, **where, fix=fix)
     if known["images"]:
         factor = known["scalefactors"]["tissue_hires_scalef"]
         _check_on_tissue(xy * factor, known["images"]["hires"], where)
@@ -682,22 +695,3 @@ def _shared_ids(coord: pd.Index, spots: pd.Index, slide: str, path: Path) -> pd.
             slide, len(coord), len(spots), len(shared),
         )  # fmt: skip
     return shared
-
-
-def _check_spot_table(table: pd.DataFrame) -> None:
-    """Refuse a table that is empty, repeats a spot, or lacks coordinates."""
-    if table.empty:
-        raise DataError("there are no spots", fix="check what was selected")
-    for column in ("donor", "group"):
-        n_values = table.groupby("slide")[column].nunique()
-        if (n_values > 1).any():
-            what = f"its spots have more than one {column}"
-            raise DataError(what, slide=n_values.idxmax(), fix=f"give each slide one {column}")
-    twice = table.set_index("slide", append=True).index.duplicated()
-    if twice.any():
-        what = f"duplicate spot id {table.index[twice][0]}"
-        raise DataError(what, slide=table["slide"][twice].iloc[0], fix="keep one row per spot")
-    lost = ~np.isfinite(table[["x_px", "y_px"]].to_numpy(float)).all(axis=1)
-    if lost.any():
-        what = f"spot {table.index[lost][0]} has no coordinates"
-        raise DataError(what, slide=table["slide"][lost].iloc[0], fix="give x_px and y_px")
