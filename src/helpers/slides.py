@@ -236,6 +236,7 @@ def read_space_ranger(
     adata = _unique_symbols(adata, slide, matrix)
     positions = _read_positions(folder / "spatial", slide)
     positions = positions[positions["in_tissue"] == 1]
+    _check_unique_ids(adata.obs_names, slide, matrix)
     shared = _shared_ids(positions.index, adata.obs_names, slide, matrix)
     adata, positions = adata[shared].copy(), positions.loc[shared]
 
