@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -97,7 +96,6 @@ def test_words_share_and_commas(table):
 def test_the_stored_totals_are_those_of_the_official_table(real_root, monkeypatch):
     monkeypatch.setenv("STIMAGE_ROOT", str(real_root))
     found = computed_pages.official_totals()
-    assert found is not None
     stored = json.loads(computed_pages.STORED.read_text(encoding="utf-8"))
     assert (stored["facts"], stored["table_sha256"]) == found
     assert (found[0]["slides"], found[0]["spots"]) == (1149, 4293195)
@@ -124,12 +122,11 @@ def test_a_page_made_without_the_table_says_so(staged):
     assert (found["n_slides"], found["n_spots"]) == ("1,149", "4,293,195")
 
 
-def test_another_table_is_not_taken_for_the_official_one(tmp_path, monkeypatch, caplog):
+def test_another_table_is_not_taken_for_the_official_one(tmp_path, monkeypatch):
     (tmp_path / "meta.csv").write_text("slide\nDemo\n")
     monkeypatch.setattr(catalog, "metadata_path", lambda root=None: tmp_path / "meta.csv")
-    with caplog.at_level(logging.WARNING):
-        assert computed_pages.official_totals() is None
-    assert "not the official table" in caplog.text
+    with pytest.raises(DataError, match=r"meta\.csv: not the official table .* Fix: replace it"):
+        computed_pages.official_totals()
 
 
 def test_the_study_is_counted(staged):

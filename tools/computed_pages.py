@@ -1,9 +1,10 @@
-"""Compute the numbers, tables and pictures on the pages "The dataset" and of the studies.
+"""Compute the numbers, tables and pictures of the dataset page and of the study pages.
 
-``stage`` adds them to a staged copy of the book: MyST substitutions in its ``_config.yml``, figures
-in its ``book/figures``. The totals of the dataset come from the official table of slides if it can
-be read, otherwise from ``results/catalogue.json``; the page names its source. Slides are drawn only
-if they are already on this machine. Run as a script, this file renews ``results/catalogue.json``.
+``stage`` adds them to a staged copy of the book: numbers and tables as MyST substitutions in its
+``_config.yml``, figures in its ``book/figures``. The totals come from the official table of slides
+if it can be read, otherwise from ``results/catalogue.json``; the page names its source. Slides are
+drawn only if they are already on this machine. As a script, this file renews
+``results/catalogue.json``.
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ import datetime
 import io
 import json
 import logging
+import os
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from helpers import catalog, files, images, plots, simulate, slides
 from notebooks import ROOT
 
 STORED = ROOT / "results" / "catalogue.json"
 NAMES = {"ST": "Spatial Transcriptomics", "Visium": "Visium", "VisiumHD": "Visium HD"}
 COLOURS = {"ST": "#0173b2", "Visium": "#de8f05", "VisiumHD": "#029e73"}  # seaborn "colorblind"
-INK = {"ST": "white", "Visium": "black", "VisiumHD": "black"}  # readable on each of them
+INK = {"ST": "white", "Visium": "black", "VisiumHD": "black"}  # readable on these colours
 GENE_BINS = tuple(range(0, 105_000, 5_000))
 TISSUES_SHOWN = 12
-LARGEST = 60_000  # bytes of the picture on a study's page
-SIDE = 400  # px of a slide in it
+MAX_BYTES = 60_000  # of the picture on a study's page
+SIDE = 400  # px, longer side of a slide in it
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +48,9 @@ def totals_of(table: pd.DataFrame) -> dict[str, Any]:
 
     `dense_gb` is the size of all counts as dense float32 matrices, in 1e9 bytes.
     """
-    from helpers import catalog
 
     def slides_per(column: str) -> dict[str, int]:
-        counts = table[column].value_counts().sort_index()
+        counts = table.groupby(column, observed=True).size()
         return counts.sort_values(ascending=False, kind="stable").to_dict()
 
     per_technology = catalog.summary(table).loc[list(NAMES), ["slides", "spots", "median"]]
@@ -70,37 +75,37 @@ def totals_of(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def official_totals() -> tuple[dict[str, Any], str] | None:
-    """Return the totals of the official table and its SHA-256, or None if it cannot be read."""
-    from helpers import catalog, files
+def official_totals() -> tuple[dict[str, Any], str]:
+    """Return the totals of the official table of slides, and its SHA-256.
 
-    try:
-        path = catalog.metadata_path()
-        sha256 = files.sha256(path)
-        if sha256 == catalog.METADATA_SHA256:
-            return totals_of(catalog.metadata()), sha256
-        logger.warning("%s is not the official table of slides: its SHA-256 is %s", path, sha256)
-    except catalog.DataError as error:
-        logger.info("%s", error)
-        logger.warning(
-            "The official table of slides cannot be read. The dataset page takes its totals from"
-            " results/catalogue.json, and says so."
-        )
-    return None
+    Raises
+    ------
+    DataError
+        The table cannot be read, or a different file has its name.
+    """
+    path = catalog.metadata_path()
+    sha256 = files.sha256(path)
+    if sha256 != catalog.METADATA_SHA256:
+        fix = f"replace it with {catalog.METADATA_URL}"
+        raise files.DataError(f"not the official table ({sha256=})", file=path, fix=fix)
+    return totals_of(catalog.metadata()), sha256
 
 
 def totals_and_source() -> tuple[dict[str, Any], str]:
     """Return the totals, and a sentence that says where they come from."""
-    if found := official_totals():
-        return found[0], (
-            "These totals were computed from the official table of slides while this page was built"
-            f" (SHA-256 beginning with `{found[1][:12]}`)."
+    try:
+        totals, sha256 = official_totals()
+    except files.DataError as error:
+        logger.warning("%s Until then, the dataset page shows %s.", error, STORED.relative_to(ROOT))
+        stored = json.loads(STORED.read_text(encoding="utf-8"))
+        return stored["facts"], (
+            "The official table of slides was not available when this page was built."
+            " The totals come from `results/catalogue.json`, computed from that table on"
+            f" {stored['computed']} (SHA-256 beginning with `{stored['table_sha256'][:12]}`)."
         )
-    stored = json.loads(STORED.read_text(encoding="utf-8"))
-    return stored["facts"], (
-        "The official table of slides was not available when this page was built."
-        " The totals come from `results/catalogue.json`, computed from that table on"
-        f" {stored['computed']} (SHA-256 beginning with `{stored['table_sha256'][:12]}`)."
+    return totals, (
+        "These totals were computed from the official table of slides while this page was built"
+        f" (SHA-256 beginning with `{sha256[:12]}`)."
     )
 
 
@@ -147,9 +152,6 @@ def dataset_values(totals: dict[str, Any]) -> dict[str, str]:
 
 def draw_dataset(totals: dict[str, Any], folder: Path) -> None:
     """Draw the three figures of the dataset page as SVG files, on a light background."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style | {"svg.hashsalt": "stimage-book"}):  # equal numbers, equal files
         for name, size, draw in (
@@ -162,7 +164,7 @@ def draw_dataset(totals: dict[str, Any], folder: Path) -> None:
             figure.savefig(folder / f"dataset-{name}.svg", metadata={"Date": None})
 
 
-def draw_technologies(axes: Any, totals: dict[str, Any]) -> None:
+def draw_technologies(axes: Axes, totals: dict[str, Any]) -> None:
     """Draw two full bars: how the technologies share the slides, and how they share the spots."""
     for y, what in ((1, "slides"), (0, "spots")):
         left = 0.0
@@ -180,7 +182,7 @@ def draw_technologies(axes: Any, totals: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def draw_tissues(axes: Any, totals: dict[str, Any]) -> None:
+def draw_tissues(axes: Axes, totals: dict[str, Any]) -> None:
     """Draw one bar per frequent tissue, and one for all the others."""
     tissues = list(totals["tissues"].items())
     rest = tissues[TISSUES_SHOWN:]
@@ -193,7 +195,7 @@ def draw_tissues(axes: Any, totals: dict[str, Any]) -> None:
     axes.margins(x=0.12)
 
 
-def draw_genes(axes: Any, totals: dict[str, Any]) -> None:
+def draw_genes(axes: Axes, totals: dict[str, Any]) -> None:
     """Draw the histogram of slides by the number of genes in their table."""
     genes = totals["genes"]
     edges = np.array(genes["bins"]) / 1000
@@ -207,18 +209,14 @@ def draw_genes(axes: Any, totals: dict[str, Any]) -> None:
 # --- the study that the chapters ran on ---------------------------------------------------------
 
 
-def common_prefix(study: Any) -> str:
+def common_prefix(study: catalog.Study) -> str:
     """Return what the names of a study's slides begin with, up to an underscore."""
-    names = [section.slide for section in study.sections]
-    low, high = min(names), max(names)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[: low.rfind("_", 0, same) + 1]
+    same = os.path.commonprefix([s.slide for s in study.sections])  # noqa: RUF071 - not paths
+    return same[: same.rfind("_") + 1]
 
 
-def built_values(study: Any) -> dict[str, str]:
+def built_values(study: catalog.Study) -> dict[str, str]:
     """Load and count the slides of the study that the chapters ran on; return its substitutions."""
-    from helpers import slides
-
     logging.disable(logging.WARNING)  # chapter 1 shows the remarks of the loader
     try:
         loaded = [slides.load(s.slide, study=study.name, image=False) for s in study.sections]
@@ -261,10 +259,8 @@ class Thumbnail(NamedTuple):
     full_um_per_px: float
 
 
-def thumbnail(section: Any, root: Path | None) -> Thumbnail | None:
+def thumbnail(section: catalog.Section, root: Path | None) -> Thumbnail | None:
     """Return the picture of a slide, or None if its files are not below `root`."""
-    from helpers import catalog, images, slides
-
     if root is None:
         return None
     image, coord = (
@@ -280,12 +276,8 @@ def thumbnail(section: Any, root: Path | None) -> Thumbnail | None:
     return Thumbnail(pixels, scale * images.info(image).width / pixels.shape[1], scale)
 
 
-def draw_study(study: Any, found: dict[str, Thumbnail], path: Path) -> None:
+def draw_study(study: catalog.Study, found: dict[str, Thumbnail], path: Path) -> None:
     """Draw the slides side by side, each with its own scale bar, as a small JPEG."""
-    from matplotlib.figure import Figure
-
-    from helpers import plots
-
     across = 4 if len(found) % 4 == 0 else 3
     down = -(-len(found) // across)
     figure = Figure(figsize=(7, 8 / across * down), layout="constrained", facecolor="white")
@@ -300,12 +292,12 @@ def draw_study(study: Any, found: dict[str, Thumbnail], path: Path) -> None:
     for quality in (85, 75, 65, 55, 45, 35):
         file = io.BytesIO()
         figure.savefig(file, format="jpeg", dpi=100, pil_kwargs={"quality": quality})
-        if len(file.getvalue()) < LARGEST:
+        if len(file.getvalue()) < MAX_BYTES:
             break
     path.write_bytes(file.getvalue())
 
 
-def facts_table(study: Any) -> str:
+def facts_table(study: catalog.Study) -> str:
     """Return what the catalogue knows about a study, as a table."""
     techs = sorted({section.tech for section in study.sections})
     groups = {section.group for section in study.sections}
@@ -323,31 +315,21 @@ def facts_table(study: Any) -> str:
     return rows(["study", f"`{study.name}`"], body, "ll")
 
 
-def slides_table(study: Any, found: dict[str, Thumbnail]) -> str:
-    """Return one row per slide: its donor, its neighbours, its labels, its scale if it is here."""
+def slides_table(study: catalog.Study, found: dict[str, Thumbnail]) -> str:
+    """Return a table of the slides: donor, neighbouring sections, labels, and scale if drawn."""
     names = {s.slide: f"`{s.slide.removeprefix(common_prefix(study))}`" for s in study.sections}
     body = []
     for section in study.sections:
-        beside = [
-            names[other.slide]
-            for other in study.sections
-            if other.group == section.group and other is not section
-        ]
-        body.append(
-            [
-                names[section.slide],
-                section.donor,
-                ", ".join(beside) or "none",
-                "yes" if section.annotated else "no",
-                f"{found[section.slide].full_um_per_px:.2f}"
-                if section.slide in found
-                else "not here",
-            ]
-        )
+        same = [s for s in study.sections if s.group == section.group and s != section]
+        beside = ", ".join(names[s.slide] for s in same) or "none"
+        labelled = "yes" if section.annotated else "no"
+        here = found.get(section.slide)
+        scale = f"{here.full_um_per_px:.2f}" if here else "not here"
+        body.append([names[section.slide], section.donor, beside, labelled, scale])
     return rows(["slide", "donor", "cut next to", "labelled", "µm/px"], body, "llllr")
 
 
-def figure_of(study: Any, found: dict[str, Thumbnail]) -> str:
+def figure_of(study: catalog.Study, found: dict[str, Thumbnail]) -> str:
     """Return the figure of the slides that are here, and a sentence about the others."""
     if not found:
         return (
@@ -367,9 +349,7 @@ def figure_of(study: Any, found: dict[str, Thumbnail]) -> str:
 
 
 def roots(built: str) -> dict[str, Path | None]:
-    """Return where the slides of each study are on this machine; nothing is fetched."""
-    from helpers import catalog, simulate
-
+    """Return the folder of each study's slides, or None if they are not on this machine."""
     local = catalog.local_root()
     found = {name: local for name in catalog.STUDIES} | {"demo": simulate.demo_root()}
     if local is None and built != "demo":  # the chapters have fetched them into the cache
@@ -391,8 +371,6 @@ def stage(folder: Path, built: str) -> None:
     built
         The study that the chapters ran on.
     """
-    from helpers import catalog
-
     figures = folder / "book" / "figures"
     totals, source = totals_and_source()
     draw_dataset(totals, figures)
@@ -421,16 +399,17 @@ def stage(folder: Path, built: str) -> None:
 
 def main() -> None:
     """Compute ``results/catalogue.json`` from the official table: totals, never a row of it."""
-    found = official_totals()
-    if found is None:
-        raise SystemExit("The official table cannot be read. Set STIMAGE_ROOT, or connect.")
+    try:
+        totals, sha256 = official_totals()
+    except files.DataError as error:
+        raise SystemExit(str(error)) from None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     stored = {
         "what": "totals of STimage-1K4M's table of slides, by tools/computed_pages.py",
-        "table_sha256": found[1],
+        "table_sha256": sha256,
         "computed": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip(),
-        "facts": found[0],
+        "facts": totals,
     }
     STORED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
