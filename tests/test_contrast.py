@@ -24,7 +24,6 @@ from helpers.contrast import (
     pair,
 )
 from helpers.files import DataError
-from helpers.metrics import recall
 from helpers.tiles import Tiles
 
 GENES = ["Ga", "Gb", "Gc", "Gd"]
@@ -359,38 +358,3 @@ def test_loss_is_open_clips_and_knows_chance():
     torch.testing.assert_close(info_nce(image, other, torch.tensor(14.3)), expected)
     blind = torch.ones(50, 8) / 8**0.5
     assert info_nce(blind, other[:1].expand(50, -1), 10.0).item() == pytest.approx(math.log(50))
-
-
-def test_recall_by_hand():
-    image = torch.eye(4)
-    other = torch.eye(4)[[0, 1, 3, 2]]  # the last two are swapped
-    table = recall(image, other, ks=(1, 2, 4)).set_index(["direction", "k"])
-    assert table.loc[("image to other", 1), "recall"] == 0.5
-    assert table.loc[("other to image", 1), "recall"] == 0.5
-    assert table.loc[("image to other", 4), "recall"] == 1.0
-    assert table.loc[("image to other", 2), "chance"] == 0.5
-    assert table.loc[("image to other", 1), "times_chance"] == 2.0
-
-
-def test_recall_directions_differ():
-    cosines = torch.tensor([[0.90, 0.50], [0.95, 0.99]])  # rows ask among columns, or the reverse
-    table = recall(torch.eye(2), cosines.T, ks=(1,)).set_index("direction")["recall"]
-    assert table["image to other"] == 1.0
-    assert table["other to image"] == 0.5
-
-
-def test_a_tie_counts_against_the_model():
-    collapsed = np.ones((40, 3), np.float32) / 3**0.5
-    assert (recall(collapsed, collapsed)["recall"] == 0).all()
-
-
-def test_recall_in_blocks_and_of_nan():
-    image = nn.functional.normalize(torch.randn(2500, 4), dim=-1)
-    other = nn.functional.normalize(image + 0.2 * torch.randn(2500, 4), dim=-1)
-    near = image @ other.T
-    rank = (near > near.diagonal()[:, None]).sum(1)
-    table = recall(image, other, ks=(10,)).set_index("direction")["recall"]
-    assert table["image to other"] == pytest.approx(float((rank < 10).float().mean()), abs=1e-3)
-    image[7, 2] = torch.nan
-    with pytest.raises(DataError, match="NaN"):
-        recall(image, other)

@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from made_spots import SLIDES, spots, telling
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score, silhouette_score
+from torch import nn
 
 from helpers.files import DataError
 from helpers.metrics import (
@@ -16,6 +18,7 @@ from helpers.metrics import (
     nearest_neighbours,
     neighbour_overlap,
     pca_normalised,
+    recall,
     separation,
     spatial_leiden,
     wilcoxon,
@@ -301,3 +304,38 @@ def test_neighbours_kept_by_hand():
 def test_what_cannot_be_compared_is_said(call, message):
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_recall_by_hand():
+    image = torch.eye(4)
+    other = torch.eye(4)[[0, 1, 3, 2]]  # the last two are swapped
+    table = recall(image, other, ks=(1, 2, 4)).set_index(["direction", "k"])
+    assert table.loc[("image to other", 1), "recall"] == 0.5
+    assert table.loc[("other to image", 1), "recall"] == 0.5
+    assert table.loc[("image to other", 4), "recall"] == 1.0
+    assert table.loc[("image to other", 2), "chance"] == 0.5
+    assert table.loc[("image to other", 1), "times_chance"] == 2.0
+
+
+def test_recall_directions_differ():
+    cosines = torch.tensor([[0.90, 0.50], [0.95, 0.99]])  # rows ask among columns, or the reverse
+    table = recall(torch.eye(2), cosines.T, ks=(1,)).set_index("direction")["recall"]
+    assert table["image to other"] == 1.0
+    assert table["other to image"] == 0.5
+
+
+def test_a_tie_counts_against_the_model():
+    collapsed = np.ones((40, 3), np.float32) / 3**0.5
+    assert (recall(collapsed, collapsed)["recall"] == 0).all()
+
+
+def test_recall_in_blocks_and_of_nan():
+    image = nn.functional.normalize(torch.randn(2500, 4), dim=-1)
+    other = nn.functional.normalize(image + 0.2 * torch.randn(2500, 4), dim=-1)
+    near = image @ other.T
+    rank = (near > near.diagonal()[:, None]).sum(1)
+    table = recall(image, other, ks=(10,)).set_index("direction")["recall"]
+    assert table["image to other"] == pytest.approx(float((rank < 10).float().mean()), abs=1e-3)
+    image[7, 2] = torch.nan
+    with pytest.raises(DataError, match="NaN"):
+        recall(image, other)
