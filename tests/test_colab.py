@@ -23,8 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import anatomy
 import notebooks as nbs
-import outputs as outputs_of
 import repository
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,5 +159,5 @@ def test_a_chapter_runs_in_colab(
     for name in ("imports", "setup"):
         (cell,) = [c for c in notebook["cells"] if name in nbs.tags(c)]
         assert cell["execution_count"]
-    problems = outputs_of.problems(notebook)
+    problems = anatomy.output_problems(notebook)
     assert [p for p in problems if "stderr" not in p] == []

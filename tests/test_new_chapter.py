@@ -18,7 +18,6 @@ import anatomy
 import chapter_pages
 import new_chapter
 import notebooks as nbs
-import outputs
 import run_chapter
 from build_book import chapters_of
 
@@ -54,7 +53,7 @@ def test_a_new_chapter_passes_all_checks_and_runs(copy: Path) -> None:
     also = copy / "tests" / "wrong_answers"
     assert run_chapter.also_code(path, also)  # there are wrong answers, and they run, too
     run_chapter.execute(path, copy / "out", "demo", timeout=300, also=also)
-    assert outputs.problems(nbs.read(copy / "out" / path.name), (f"{copy}/",)) == []
+    assert anatomy.output_problems(nbs.read(copy / "out" / path.name), (f"{copy}/",)) == []
 
 
 def test_the_page_for_teachers_knows_a_new_chapter(copy: Path) -> None:

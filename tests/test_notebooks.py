@@ -14,7 +14,6 @@ import yaml
 
 import anatomy
 import notebooks as nbs
-import outputs as outputs_of
 from new_chapter import chapter, code, markdown, one_round
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +71,7 @@ def figure(part: str, **values: str) -> Callable[[Notebook], None]:
 
 BROKEN: list[tuple[str, str, Callable[[Notebook], None]]] = [
     ("valid", "used twice", put("seen-1", "id", "seen-2")),
-    ("valid", "not a valid notebook", put("seen-1", "id", "no spaces allowed")),
+    ("valid", "notebook is not valid", put("seen-1", "id", "no spaces allowed")),
     ("valid", "4.5", lambda nb: nb.update(nbformat_minor=4)),
     ("valid", "kernelspec", lambda nb: nb["metadata"].update(language_info={"name": "python"})),
     ("stripped", "outputs or a count", put("code-1", "execution_count", 3)),
@@ -81,7 +80,7 @@ BROKEN: list[tuple[str, str, Callable[[Notebook], None]]] = [
         "outputs or a count",
         put("code-1", "outputs", [{"output_type": "stream", "name": "stdout", "text": "1"}]),
     ),
-    ("stripped", "carries metadata", put("code-1", "metadata", {"collapsed": True})),
+    ("stripped", "has the metadata", put("code-1", "metadata", {"collapsed": True})),
     ("title", "first line", replace("title", "# 1. ", "# ")),
     ("title", "first line", replace("title", "# 1. ", "# 2. ")),
     ("title", "no **Question.**", replace("title", "**Question.**", "Question:")),
@@ -191,7 +190,7 @@ def stream(text: str, name: str = "stdout") -> dict[str, Any]:
 
 def test_a_good_run_is_accepted() -> None:
     log = [stream("slide A_1: 3 spots\nslide A_2: 4 spots\n", "stderr")]
-    assert outputs_of.problems(executed(code_1=log), ("/somewhere",)) == []
+    assert anatomy.output_problems(executed(code_1=log), ("/somewhere",)) == []
 
 
 IMAGE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBO"}}
@@ -203,8 +202,8 @@ IMAGE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "i
         ({"code_1": [stream("careful", "stderr")]}, "stderr"),
         ({"code_1": [stream("in /somewhere/else")]}, "path of this machine"),
         ({"check_1": [stream("Correct: already")]}, "untouched stub"),
-        ({"solution_2": [stream("Not answered yet")]}, "not 'Correct'"),
-        ({"solution_2": []}, "not 'Correct'"),
+        ({"solution_2": [stream("Not answered yet")]}, "does not say 'Correct'"),
+        ({"solution_2": []}, "does not say 'Correct'"),
         ({"fig_line": []}, "0 images"),
         ({"fig_line": [IMAGE, IMAGE]}, "2 images"),
         ({"fig_line": [IMAGE, stream("[<Line2D>]")]}, "text beside"),
@@ -215,7 +214,7 @@ IMAGE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "i
     ],
 )
 def test_a_bad_run_is_noticed(outputs: dict[str, Any], message: str) -> None:
-    (found,) = outputs_of.problems(executed(**outputs), ("/somewhere",))
+    (found,) = anatomy.output_problems(executed(**outputs), ("/somewhere",))
     assert message in found
 
 
@@ -254,7 +253,7 @@ def test_figure_names_are_unique_over_the_book() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_execution(path: Path, run_of_demo: Path) -> None:
-    found = outputs_of.problems(nbs.read(run_of_demo / path.name), LOCAL)
+    found = anatomy.output_problems(nbs.read(run_of_demo / path.name), LOCAL)
     assert not found, "\n".join(found)
 
 

@@ -22,7 +22,6 @@ import teaching_page
 import anatomy
 import check_environment
 import notebooks as nbs
-import outputs as outputs_of
 import run_notebooks
 import workshop
 from helpers import catalog
@@ -170,7 +169,7 @@ def test_every_exercise_notebook_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in PATHS:
-        assert outputs_of.problems(nbs.read(out / path.name)) == []
+        assert anatomy.output_problems(nbs.read(out / path.name)) == []
 
 
 # --- wrong answers ------------------------------------------------------------------------------

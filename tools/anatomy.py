@@ -1,18 +1,20 @@
 """The anatomy of a chapter, one rule per function; as a script: strip or check the chapters.
 
-A rule takes a notebook and the file's name without suffix, and yields problems that name the cell.
-``tests/test_notebooks.py`` applies the rules to every chapter, and checks that each rule notices a
-chapter that breaks it.
+A rule takes a notebook and its file name without the suffix, and yields the problems it finds; each
+names the cell. ``output_problems`` does the same for the outputs of an executed chapter.
+``tests/test_notebooks.py`` applies all this to every chapter, and breaks every rule once.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import notebooks as nbs
 import repository
@@ -29,12 +31,14 @@ if "google.colab" in sys.modules:
 FIRST_TAGS = ("colab", "imports", "parameters", "setup")
 LAST_HEADINGS = ("Key points", "Limits", "What is next", "References")
 MAX_LINES, MAX_IMPORT_LINES = 20, 15
+IMPORT = re.compile(r"^(?:import|from) \w", re.M)
 PARAMETER = re.compile(r"[A-Z][A-Z0-9_]* = .+?  # \S.*")
 ROLE = re.compile(r"\{[a-z][a-z:-]*\}`|^\s*(```|:::+)\{", re.M)
 LOCAL_PATH = re.compile(r"(?<![\w.~:/-])/(?:home|Users|root|tmp|work|mnt|private)/\w|\b[A-Z]:\\\w")
 SENTENCE_END = re.compile(r"(?P<word>[\w)`*_%$\"']+)[.!?][*_)\"']* (?=[*_(\"']*[A-Z])")
 LINE_START = re.compile(r"^\s*(?:[-*] |\d+\. )?\s*(?:\*\*[^*]+\*\*\s)?")
 CODE_OR_MATH = re.compile(r"`[^`]*`|\$[^$]*\$")
+OWN_LOG = re.compile(r"(slide \S.*\n?)+")  # remarks of the helpers, which a page may show
 ABBREVIATIONS = {"al", "cf", "Dr", "Fig", "vs", "No", "Eq", "approx"}
 
 
@@ -62,40 +66,33 @@ def valid(notebook: Notebook, _: str) -> Problems:
     from nbformat.validator import iter_validate
 
     for error in iter_validate(notebook):
-        yield f"not a valid notebook: {str(error).splitlines()[0]}"
+        yield f"the notebook is not valid: {str(error).splitlines()[0]}"
     if (notebook.get("nbformat"), notebook.get("nbformat_minor")) != (4, 5):
-        yield "not nbformat 4.5"
+        yield "the notebook is not nbformat 4.5"
     ids = [c.get("id") for c in notebook["cells"]]
-    yield from (
-        f"cell id {i} is used twice" for i in sorted({str(i) for i in ids if ids.count(i) > 1})
-    )
+    yield from (f"cell id {i} is used twice" for i in dict.fromkeys(ids) if ids.count(i) > 1)
     if notebook["metadata"] != {"kernelspec": nbs.KERNEL}:
-        yield "metadata other than the plain python3 kernelspec: run tools/anatomy.py strip"
+        yield "metadata is not just the plain python3 kernelspec: run tools/anatomy.py strip"
 
 
 def stripped(notebook: Notebook, _: str) -> Problems:
     """No outputs, counts or editor metadata in the repository."""
     for cell in notebook["cells"]:
         if cell.get("outputs") or cell.get("execution_count") is not None:
-            yield f"{nbs.name(cell)} carries outputs or a count: run tools/anatomy.py strip"
+            yield f"{nbs.name(cell)} has outputs or a count: run tools/anatomy.py strip"
         if extra := set(cell["metadata"]) - nbs.CELL_METADATA:
-            yield f"{nbs.name(cell)} carries metadata {sorted(extra)}: run tools/anatomy.py strip"
+            yield f"{nbs.name(cell)} has the metadata {sorted(extra)}: run tools/anatomy.py strip"
 
 
 def title(notebook: Notebook, name: str) -> Problems:
     """First cell: numbered title, the question, the result in one sentence, the Colab link."""
-    text = nbs.source(notebook["cells"][0])
+    text, path = nbs.source(notebook["cells"][0]), repository.owner_and_name(REPOSITORY)
     if not re.match(rf"# {int(name[:2])}\. \S", text):
         yield f"the first line is not '# {int(name[:2])}. Title'"
-    yield from (
-        f"the title cell has no {part}"
-        for part in ("**Question.**", "**In one sentence.**")
-        if part not in text
-    )
-    path = REPOSITORY.removeprefix("https://github.com/")
     link = f"[Open in Colab](https://colab.research.google.com/github/{path}/blob/main/notebooks/{name}.ipynb)"
-    if link not in text:
-        yield f"the title cell has no link {link}"
+    for part in ("**Question.**", "**In one sentence.**", f"link {link}"):
+        if part.removeprefix("link ") not in text:
+            yield f"the title cell has no {part}"
 
 
 def objectives(notebook: Notebook, _: str) -> Problems:
@@ -104,7 +101,7 @@ def objectives(notebook: Notebook, _: str) -> Problems:
     if not text.startswith("## Objectives"):
         yield "the second cell does not start with '## Objectives'"
     if not 3 <= len(re.findall(r"^[-*] ", text, re.M)) <= 5:
-        yield "not three to five objectives"
+        yield "there are not three to five objectives"
     for part in ("Prerequisites", "Time", "Data"):
         if f"**{part}.**" not in text:
             yield f"the objectives cell has no **{part}.** line"
@@ -117,7 +114,7 @@ def opening(notebook: Notebook, _: str) -> Problems:
         if cell["cell_type"] != "code" or tag not in nbs.tags(cell):
             yield f"cell number {position + 1} is not the code cell tagged {tag}"
         if len(code_cells(notebook, tag)) != 1:
-            yield f"not exactly one cell tagged {tag}"
+            yield f"there is not exactly one cell tagged {tag}"
 
 
 def colab(notebook: Notebook, _: str) -> Problems:
@@ -135,32 +132,28 @@ def imports(notebook: Notebook, _: str) -> Problems:
         if "imports" in nbs.tags(cell):
             if len(nbs.source(cell).strip().splitlines()) > MAX_IMPORT_LINES:
                 yield f"{nbs.name(cell)} is longer than {MAX_IMPORT_LINES} lines"
-        elif "colab" not in nbs.tags(cell) and re.search(
-            r"^(?:import|from) \w", nbs.source(cell), re.M
-        ):
-            yield f"{nbs.name(cell)} imports: move it to the imports cell"
+        elif "colab" not in nbs.tags(cell) and IMPORT.search(nbs.source(cell)):
+            yield f"{nbs.name(cell)} has an import: move it to the imports cell"
 
 
 def parameters(notebook: Notebook, _: str) -> Problems:
     """Commented scalars, one a line, STUDY = "demo" and SEED among them."""
     for cell in code_cells(notebook, "parameters"):
-        names = set()
-        for line in filter(None, map(str.rstrip, nbs.source(cell).splitlines())):
-            if line.startswith("#"):
-                continue
+        lines, names = nbs.source(cell).splitlines(), set()
+        for line in (line for line in lines if line.strip() and not line.startswith("#")):
             if not PARAMETER.fullmatch(line):
-                yield f"{nbs.name(cell)}: not 'NAME = value  # comment': {line}"
+                yield f"{nbs.name(cell)}: the line is not 'NAME = value  # comment': {line}"
                 continue
             statement = ast.parse(line).body[0]
             names.add(statement.targets[0].id)
             if not isinstance(statement.value, ast.Constant | ast.UnaryOp):
-                yield f"{nbs.name(cell)}: not a scalar: {line}"
+                yield f"{nbs.name(cell)}: the value is not a scalar: {line}"
         if 'STUDY = "demo"' not in nbs.source(cell) or "SEED" not in names:
             yield f'{nbs.name(cell)} has no STUDY = "demo" or no SEED'
 
 
 def length(notebook: Notebook, _: str) -> Problems:
-    """A code cell has one idea."""
+    """A code cell has one idea, so it is short, and no cell is empty."""
     for cell in notebook["cells"]:
         lines = len(nbs.source(cell).strip().splitlines())
         if cell["cell_type"] == "code" and lines > MAX_LINES:
@@ -184,7 +177,7 @@ def rounds(notebook: Notebook, _: str) -> Problems:
     fixed = {"Objectives", "Exercises", *LAST_HEADINGS}
     own = [(heading, cells) for heading, cells in sections(notebook) if heading not in fixed]
     if not 4 <= len(own) <= 7:
-        yield f"{len(own)} rounds of '## heading', not four to seven"
+        yield f"there are {len(own)} rounds of '## heading', not four to seven"
     for heading, cells in own:
         if not any(c["cell_type"] == "code" for c in cells):
             yield f"round '{heading}' has no code"
@@ -193,7 +186,7 @@ def rounds(notebook: Notebook, _: str) -> Problems:
 
 
 def figures(notebook: Notebook, name: str) -> Problems:
-    """A figure has a caption, a name and alt text, and shows nothing but its image."""
+    """A figure has a caption, a name and alt text, and shows only its image."""
     seen = set()
     for cell in code_cells(notebook):
         settings = cell["metadata"].get("mystnb", {})
@@ -211,14 +204,14 @@ def figures(notebook: Notebook, name: str) -> Problems:
             yield f"{nbs.name(cell)} has no alt text of its own, of 30 characters or more"
         last = nbs.source(cell).strip().splitlines()[-1]
         if not last.endswith((";", "plt.show()")):
-            yield f"{nbs.name(cell)} ends in neither ';' nor plt.show(), so a repr may show"
+            yield f"{nbs.name(cell)} ends with neither ';' nor plt.show(), so a repr may be shown"
         seen.add(label)
     if not seen:
-        yield "no figure at all"
+        yield "there is no figure"
 
 
 def exercises(notebook: Notebook, _: str) -> Problems:
-    """Two to four exercises: prompt and hint, a stub, a check, a hidden solution."""
+    """Two to four exercises: prompt and hint, stub, check, hidden solution."""
     numbers = []
     for i, cell in enumerate(notebook["cells"]):
         prompt = re.search(r"^### Exercise (\d+)(.*)$", nbs.source(cell), re.M)
@@ -230,7 +223,7 @@ def exercises(notebook: Notebook, _: str) -> Problems:
 
 
 def exercise(k: int, minutes: str, cells: list[Cell]) -> Problems:
-    """One exercise, in the cells from its prompt on."""
+    """Check one exercise; ``cells`` begin with its prompt."""
     if not re.fullmatch(r" \(\d+ minutes\)", minutes):
         yield f"exercise {k} does not say '(N minutes)' in its heading"
     following = cells[:1]
@@ -262,7 +255,7 @@ def quick_checks(notebook: Notebook, _: str) -> Problems:
     """At least two questions whose answer is collapsed."""
     asked = [c for c in markdown_cells(notebook) if "**Quick check.**" in nbs.source(c)]
     if len(asked) < 2:
-        yield f"{len(asked)} quick checks, not two or more"
+        yield f"there are {len(asked)} quick checks, not two or more"
     for cell in asked:
         if "<details><summary>Answer</summary>\n\n" not in nbs.source(cell):
             yield f"{nbs.name(cell)}: the quick check has no collapsed answer"
@@ -271,7 +264,7 @@ def quick_checks(notebook: Notebook, _: str) -> Problems:
 def claims(notebook: Notebook, _: str) -> Problems:
     """The chapter asserts what it claims."""
     if not any("assert " in nbs.source(c) for c in code_cells(notebook, "claims")):
-        yield "no code cell tagged claims that asserts something"
+        yield "no code cell tagged claims asserts anything"
 
 
 def closing(notebook: Notebook, _: str) -> Problems:
@@ -285,14 +278,13 @@ def closing(notebook: Notebook, _: str) -> Problems:
 
 
 def plain_markdown(notebook: Notebook, _: str) -> Problems:
-    """Only what Jupyter, Colab and the book all show; images have alt text."""
+    """Only Markdown that Jupyter, Colab and the book can all show; images have alt text."""
     for cell in markdown_cells(notebook):
         text = prose(cell)
         if ROLE.search(nbs.source(cell)):
-            yield f"{nbs.name(cell)} uses a role or directive, which only the book shows"
+            yield f"{nbs.name(cell)} uses a role or a directive, which only the book can show"
         without_code = re.sub(r"`[^`\n]*`|<https?://\S+>", "", text)
-        unknown = set(re.findall(r"</?([a-z]+)[ >/]", without_code)) - {"details", "summary"}
-        if unknown:
+        if unknown := set(re.findall(r"</?([a-z]+)[ >/]", without_code)) - {"details", "summary"}:
             yield f"{nbs.name(cell)} uses HTML other than details: {sorted(unknown)}"
         if "![](" in text:
             yield f"{nbs.name(cell)} has an image without alt text"
@@ -303,7 +295,7 @@ def plain_markdown(notebook: Notebook, _: str) -> Problems:
 
 
 def one_sentence_per_line(notebook: Notebook, _: str) -> Problems:
-    """One sentence per line of prose, so that a difference shows the sentence that changed."""
+    """One sentence per line of prose, so that a diff shows the sentence that changed."""
     for cell in markdown_cells(notebook):
         for line in prose(cell).partition("## References")[0].splitlines():
             if line.startswith(("#", "|", "<", "$$")):
@@ -329,11 +321,50 @@ RULES = (
 
 
 def problems(notebook: Notebook, name: str) -> list[str]:
-    """Return the problems of a chapter; each message starts with the rule.
-
-    ``name`` is the file's name without suffix, as ``01_loading``.
-    """
+    """Return the problems of a chapter, such as ``01_loading``; each message names the rule."""
     return [f"{rule.__name__}: {found}" for rule in RULES for found in rule(notebook, name)]
+
+
+# --- executed chapters -------------------------------------------------------------------------
+
+
+def output_problems(notebook: Notebook, local: tuple[str, ...] = ()) -> list[str]:
+    """Return what a reader should not see; ``local`` are folders of this machine."""
+    return [
+        f"{nbs.name(cell)} {found}"
+        for cell in code_cells(notebook)
+        for found in bad_outputs(nbs.tags(cell), cell["outputs"], local)
+    ]
+
+
+def bad_outputs(tags: set[str], outputs: list[dict[str, Any]], local: tuple[str, ...]) -> Problems:
+    """Check the outputs of one cell."""
+    for output in outputs:
+        if output["output_type"] == "error":
+            yield f"failed: {output['ename']}: {output['evalue']}"
+        if output.get("name") == "stderr" and not OWN_LOG.fullmatch(shown([output])):
+            yield f"wrote to stderr: {shown([output])[:300]}"
+    if "check" in tags and "Not answered yet" not in shown(outputs):
+        yield f"does not say 'Not answered yet' to an untouched stub but {shown(outputs)[:80]!r}"
+    if "solution" in tags and not re.search(r"^['\"]?Correct", shown(outputs), re.M):
+        yield f"does not say 'Correct' to the solution but {shown(outputs)[-80:]!r}"
+    if "figure" in tags:
+        images = [o for o in outputs if "image/png" in o.get("data", {})]
+        if len(images) != 1:
+            yield f"shows {len(images)} images, not one"
+        if beside := [o for o in outputs if o not in images and o.get("name") != "stderr"]:
+            yield f"shows text beside its figure: {shown(beside)[:80]!r}"
+    for path in (path for path in local if path in json.dumps(outputs)):
+        yield f"shows a path of this machine: {path}"
+
+
+def shown(outputs: list[dict[str, Any]]) -> str:
+    """Return everything that was printed or shown as text."""
+    texts = (o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    return "\n".join("".join(text) for text in texts)
+
+
+# --- the script --------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
