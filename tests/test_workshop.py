@@ -415,7 +415,7 @@ def test_too_many_slides_stay_at_home(
     (tmp_path / "made").mkdir()
     monkeypatch.setattr(workshop, "LIMIT_GB", 0)
     said = workshop.put_data(tmp_path / "made", mob, with_data=True)
-    assert "too many" in said
+    assert "too large" in said
     assert files(tmp_path / "made") == {}
 
 

@@ -85,7 +85,7 @@ def write_zip(
 
 
 def without_offline_link(path: Path) -> bytes:
-    """Return a file of the book without the link to the zip, which leads nowhere inside it."""
+    """Return a file of the book without the link to the zip, which would be broken in the zip."""
     content = path.read_bytes()
     return OFFLINE_LINK.sub(rb"\1", content) if path.suffix == ".html" else content
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     stage(ROOT, out / "notebooks", out / "source", options.study)
     if not build(out / "source", out / "html"):
         print(
-            "The pages were not built (see above); the last good ones are untouched.",
+            "No pages were built: fix the errors above and run `make book`. Old pages are kept.",
             file=sys.stderr,
         )
         return 1

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fill .venv with the tested set. The stamp .venv/installed comes last, and a .venv without it is
-# thrown away rather than mended: after an interruption nobody knows which files are whole.
+# removed and made again: after an interruption, some of its files may be incomplete.
 # Downloads are cached by uv, so that starting again costs seconds.
 set -eu
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}" # torch is large, some networks are slow

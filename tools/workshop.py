@@ -1,4 +1,4 @@
-"""Make the workshop edition: a folder and a zip that work alone, in a room without a network.
+"""Make the workshop edition: a folder and a zip that work alone, in a room without internet.
 
 _build/workshop holds the chapters without solutions and with them, the helpers, the environment
 check, the data of the study, the book if it was built, and checksums; _build/workshop.zip is the
@@ -37,7 +37,7 @@ SUMS = "SHA256SUMS"
 OPEN = ("CC", "MIT")
 """How licences begin that let slides be passed on."""
 LIMIT_GB = 1.0
-"""More than this is not put into a zip for a room full of people."""
+"""The most slides, in 1e9 bytes, that a zip for participants may hold."""
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "checkpoint.pt")
 
 
@@ -79,7 +79,7 @@ def slide_files(study: catalog.Study) -> dict[str, Path]:
 
 
 def trained_on(study: catalog.Study) -> list[Path]:
-    """Return the models of the cache that have seen slides of this study and of no other."""
+    """Return the cached models that were trained on slides of this study only."""
     own, found = {section.slide for section in study.sections}, []
     for weights in sorted((catalog.cache_dir() / "models").glob("*/model.safetensors")):
         facts = json.loads((weights.parent / "settings.json").read_text(encoding="utf-8"))
@@ -109,7 +109,9 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
     files = slide_files(study)
     size = sum(path.stat().st_size for path in files.values()) / 1e9
     if size > LIMIT_GB:
-        return f"no slides ({size:.1f} GB are too many): set STIMAGE_ROOT to a folder that has them"
+        return (
+            f"no slides ({size:.1f} GB, too large to pack): set STIMAGE_ROOT to a folder with them"
+        )
     for official, path in files.items():
         target = data / "STimage-1K4M" / official
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def put_checksums(folder: Path) -> None:
 
 
 def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[str, str]:
-    """Fill ``out/workshop`` and ``out/workshop.zip``; return what was said about data and book.
+    """Fill ``out/workshop`` and ``out/workshop.zip``; return the descriptions of data and book.
 
     The pages come from ``built``, where ``make book`` puts the study.
     """
@@ -185,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--with-data",
         action="store_true",
-        help="put slides in although their licence does not say that they may be passed on",
+        help="include slides even if their licence does not clearly allow passing them on",
     )
     options = parser.parse_args(argv)
     out = options.out.resolve()
