@@ -178,6 +178,49 @@ def store(ran: Path, place: Path) -> None:
             raise
 
 
+def kept_at(todo: list[Path], study: str, keep: Path | None, also: Path | None) -> dict[Path, Path]:
+    """Return where each chapter is kept after its run: the name tells all that its run rests on."""
+    if keep is None:
+        return {}
+    shared, places = surroundings(study), {}
+    for path in todo:
+        key = hashlib.sha256(f"{digest(path)} {also_code(path, also)} {shared}".encode())
+        places[path] = keep / f"{path.stem}-{key.hexdigest()[:16]}"
+    return places
+
+
+class Report:
+    """A bar with the chapters that are running, and a line for each that has ended."""
+
+    def __init__(self, todo: list[Path], left: list[Path]) -> None:
+        self.width, self.ran = max(len(p.stem) for p in todo), {}
+        self.now: list[str] = []
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=len(left), desc="chapters", disable=hidden, leave=False)
+
+    def started(self, path: Path) -> None:
+        """Show that a chapter is running."""
+        self.now.append(path.stem)
+        self.bar.set_postfix_str(f"now {', '.join(self.now)}")
+
+    def ended(self, path: Path) -> None:
+        """Show that a chapter is no longer running."""
+        self.now.remove(path.stem)
+        self.bar.update()
+
+    def line(self, path: Path, place: Path, more: str = "") -> None:
+        """Write the time and the memory of a chapter that has run, and remember them."""
+        facts = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        self.ran[path.stem] = facts
+        seconds, memory = f"{facts['seconds']:6.1f} s", f"peak {facts['peak_mb'] / 1e3:.2f} GB"
+        self.bar.write(f"  {path.stem:{self.width}}  ok  {seconds}  {memory}{more}")
+        sys.stdout.flush()
+
+    def failed(self, name: str) -> None:
+        """Write which chapter failed."""
+        self.bar.write(f"  {name:{self.width}}  FAILED")
+
+
 def run(
     folder: Path,
     out: Path,
@@ -193,53 +236,43 @@ def run(
     The old folder stays as it is until every chapter has run.
     """
     todo = chapters(folder, names)
-    shared = surroundings(study) if keep else ""
-    places, ran = {}, {}
-    for path in todo if keep else ():
-        key = hashlib.sha256(f"{digest(path)} {also_code(path, also)} {shared}".encode())
-        places[path] = keep / f"{path.stem}-{key.hexdigest()[:16]}"
+    places = kept_at(todo, study, keep, also)
+    left = [path for path in todo if not (path in places and places[path].exists())]
     record = {"study": study, "helpers": helpers_digest(), "complete": todo == chapters(folder)}
-    width = max(len(p.stem) for p in todo)
-    left = [p for p in todo if not (keep and places[p].exists())]
-    now: list[str] = []  # the chapters that are running
-    bar = tqdm(total=len(left), desc="chapters", disable=not sys.stderr.isatty(), leave=False)
-
-    def started(path: Path) -> None:
-        now.append(path.stem)
-        bar.set_postfix_str(f"now {', '.join(now)}")
-
-    def finish(path: Path, place: Path, more: str = "") -> None:
-        shutil.copyfile(place / path.name, fresh / path.name)
-        ran[path.stem] = json.loads((place / RECORD).read_text(encoding="utf-8"))
-        memory = f"peak {ran[path.stem]['peak_mb'] / 1e3:.2f} GB"
-        bar.write(f"  {path.stem:{width}}  ok  {ran[path.stem]['seconds']:6.1f} s  {memory}{more}")
-        sys.stdout.flush()
-
-    def ended(path: Path) -> None:
-        finish(path, scratch / path.stem)
-        if keep:
-            store(scratch / path.stem, places[path])
-        now.remove(path.stem)
-        bar.update()
-
+    options = [
+        "--study",
+        study,
+        "--timeout",
+        str(timeout),
+        *(["--also", str(also)] if also else []),
+    ]
+    report = Report(todo, left)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with bar, tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
-        scratch = Path(temporary)
-        fresh = scratch / "complete"
+    with report.bar, tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as scratch:
+        fresh = Path(scratch) / "complete"
         fresh.mkdir()
-        for path in (p for p in todo if p not in left):
+        folders = {path: Path(scratch) / path.stem for path in left}
+
+        def finish(path: Path, place: Path, more: str = "") -> None:
+            shutil.copyfile(place / path.name, fresh / path.name)
+            report.line(path, place, more)
+
+        def ended(path: Path) -> None:
+            finish(path, folders[path])
+            if path in places:
+                store(folders[path], places[path])
+            report.ended(path)
+
+        for path in (path for path in todo if path not in left):
             finish(path, places[path], "  (kept from an earlier run, nothing has changed)")
-        options = ["--study", study, "--timeout", str(timeout)]
-        options += ["--also", str(also)] if also else []
         try:
-            folders = {path: scratch / path.stem for path in left}
-            asyncio.run(run_all(folders, jobs, options, started, ended))
+            asyncio.run(run_all(folders, jobs, options, report.started, ended))
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             if isinstance(error, NotebookError):
-                bar.write(f"  {error.args[0]:{width}}  FAILED")
+                report.failed(error.args[0])
             raise error from None
-        record["chapters"] = {path.stem: ran[path.stem] for path in todo}
+        record["chapters"] = {path.stem: report.ran[path.stem] for path in todo}
         (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         fresh.rename(out)
