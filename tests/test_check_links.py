@@ -166,7 +166,7 @@ def test_a_hub_that_serves_what_is_pinned_is_in_order(
 def test_every_study_and_every_tower_with_weights_is_asked_for() -> None:
     asked = {(p.repo, p.revision) for p in PINS}
     assert (catalog.DATASET, catalog.REVISION) in asked
-    assert len(asked) == 5
+    assert len(asked) == 6
     files = {p.file for p in PINS}
     for study in ("mob", "her2st", "dlpfc"):
         for section in catalog.study(study).sections:

@@ -340,7 +340,7 @@ def test_every_study_has_its_page(books: list[Path]) -> None:
                 assert [image["src"] for image in pictures] == wanted
             assert len(pictures) == 1 or "there is no picture here" in text
             sizes = [(path.parent / image["src"]).stat().st_size for image in pictures]
-            assert all(size < computed_pages.LARGEST for size in sizes)
+            assert all(size < computed_pages.MAX_BYTES for size in sizes)
 
 
 def test_the_zip_is_the_book(books: list[Path], tmp_path: Path) -> None:
