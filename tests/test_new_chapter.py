@@ -81,7 +81,7 @@ def test_a_new_chapter_names_words_of_the_glossary() -> None:
         (f"{NAMES[-1][:2]}_another", f"exists: notebooks/{NAMES[-1]}.ipynb"),
         ("98_far_away", "without gaps"),
         ("expression", "two digits"),
-        (f"{NEXT}_Expression", "small letters"),
+        (f"{NEXT}_Expression", "lower-case"),
         (f"{NEXT}-expression", "two digits"),
         (f"../{NEXT}_expression", "two digits"),
         ("", "two digits"),

@@ -14,7 +14,7 @@ import yaml
 
 import anatomy
 import notebooks as nbs
-from new_chapter import chapter, code, markdown, one_round
+from new_chapter import chapter
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -56,6 +56,19 @@ def drop(name: str) -> Callable[[Notebook], None]:
 
 def put(name: str, key: str, value: Any) -> Callable[[Notebook], None]:
     return lambda notebook: cell(notebook, name).update({key: value})
+
+
+def markdown(name: str, text: str) -> dict[str, Any]:
+    return {"cell_type": "markdown", "id": name, "metadata": {}, "source": text}
+
+
+def code(name: str, text: str, *tags: str) -> dict[str, Any]:
+    new = {"outputs": [], "execution_count": None, "metadata": {"tags": list(tags)}}
+    return {"cell_type": "code", "id": name, "source": text} | new
+
+
+def one_round(k: int) -> list[dict[str, Any]]:
+    return [markdown(f"round-{k}", f"## Round {k}\n\n**Predict.** What?"), code(f"code-{k}", "1")]
 
 
 def insert(position: int, *new: dict[str, Any]) -> Callable[[Notebook], None]:
