@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import anatomy
 import notebooks as nbs
@@ -98,7 +97,7 @@ BROKEN: list[tuple[str, str, Callable[[Notebook], None]]] = [
     ("title", "first line", replace("title", "# 1. ", "# 2. ")),
     ("title", "no **Question.**", replace("title", "**Question.**", "Question:")),
     ("title", "In one sentence", replace("title", "**In one sentence.**", "")),
-    ("title", "no link", replace("title", "01_small", "02_other")),
+    ("title", "no [Open in Colab]", replace("title", "01_small", "02_other")),
     ("objectives", "does not start", replace("objectives", "## Objectives", "## Aims")),
     ("objectives", "three to five", replace("objectives", "- Stop after five lines.\n", "")),
     ("objectives", "**Data.**", replace("objectives", "**Data.**", "Data")),
@@ -249,8 +248,7 @@ def test_strip_changes_nothing(path: Path, tmp_path: Path) -> None:
 def test_chapters_are_the_ones_of_the_table_of_contents() -> None:
     from build_book import chapters_of
 
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    assert chapters_of(toc) == NAMES
+    assert chapters_of(ROOT / "_toc.yml") == NAMES
 
 
 def test_figure_names_are_unique_over_the_book() -> None:
