@@ -8,7 +8,6 @@ same in one file, equal bytes from equal content. Both appear complete or not at
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -17,14 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 import notebooks as nbs
 from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from helpers.files import sha256
 from notebooks import ROOT
-from run_chapter import RECORD
 from run_notebooks import chapters
 
 COPIED = (
@@ -43,14 +39,14 @@ LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "check
 
 def edition(notebook: nbs.Notebook, study: str, solutions: bool) -> nbs.Notebook:
     """Return a chapter for a study, stripped, with or without its solutions."""
-    cells = []
-    for cell in nbs.strip(notebook)["cells"]:
+    made = nbs.strip(notebook)
+    for cell in made["cells"]:
         if "parameters" in nbs.tags(cell):
             text = nbs.source(cell).replace('STUDY = "demo"', f'STUDY = "{study}"')
-            cell = {**cell, "source": text.splitlines(keepends=True)}
-        if solutions or "solution" not in nbs.tags(cell):
-            cells.append(cell)
-    return {**nbs.strip(notebook), "cells": cells}
+            cell["source"] = text.splitlines(keepends=True)
+    if not solutions:
+        made["cells"] = [cell for cell in made["cells"] if "solution" not in nbs.tags(cell)]
+    return made
 
 
 def put_chapters(folder: Path, study: str) -> None:
@@ -121,12 +117,9 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
 
 def put_book(folder: Path, study: str, built: Path) -> str:
     """Copy the pages if they are those of these chapters; return what to tell the participants."""
-    record = built / "notebooks" / RECORD
-    if not (record.exists() and (built / "html" / "index.html").exists()):
+    if not (built / "html" / "index.html").exists():
         return f"not here: the book was not built (`STUDY={study} make book` builds it)"
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    ran = json.loads(record.read_text(encoding="utf-8"))
-    if reasons := refusals(ran, toc, ROOT, study):
+    if reasons := refusals(built / "notebooks", ROOT, study):
         return f"not here: the book is out of date ({'; '.join(reasons)})"
     shutil.copytree(
         built / "html",
@@ -140,10 +133,7 @@ def put_book(folder: Path, study: str, built: Path) -> str:
 def put_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a folder, as ``sha256sum --check`` reads it."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sums = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n"
-        for p in files
-    ]
+    sums = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
 
 
