@@ -1,12 +1,12 @@
 """Execute one chapter with papermill, in a fresh kernel; run_notebooks.py starts this script.
 
-It writes the executed notebook and ``run.json`` (run time, peak memory, SHA-256 of the source) to a
-folder. If a cell fails, it prints the cell with its traceback and exits with status 1.
+``run_chapter.py CHAPTER FOLDER STUDY TIMEOUT ALSO`` writes to the folder the executed notebook and
+``run.json``: run time, peak memory and the SHA-256 of the source. If a cell fails, it prints the
+cell with its traceback and exits with status 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import re
@@ -22,9 +22,8 @@ import notebooks as nbs
 from helpers.files import sha256
 
 RECORD = "run.json"
-ALSO = "also"  # id of the cell that --also adds
+ALSO = "also"  # id of the cell that ALSO adds
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-BEHIND = "behind. Save results through a helper, in the cache, so that chapters run in any order."
 
 
 class NotebookError(RuntimeError):
@@ -104,7 +103,8 @@ def execute(path: Path, out: Path, study: str, timeout: int, also: Path | None =
         finally:
             stop.set()
         if left := sorted(p.name for p in Path(folder).iterdir() if p not in (scratch, source)):
-            raise NotebookError(f"chapter {path.stem} leaves {', '.join(left)} {BEHIND}")
+            fix = "save results through a helper, in the cache, so that chapters run in any order"
+            raise NotebookError(f"chapter {path.stem} leaves {', '.join(left)} behind. Fix: {fix}.")
         done, seconds = nbs.read(scratch), time.perf_counter() - start
     for cell in done["cells"]:
         if cell["id"] == ALSO:  # not part of the chapter
@@ -118,18 +118,11 @@ def execute(path: Path, out: Path, study: str, timeout: int, also: Path | None =
     (out / RECORD).write_text(json.dumps(record | {"source": sha256(path)}), encoding="utf-8")
 
 
-def main() -> int:
+def main(path: str, out: str, study: str, timeout: str, also: str) -> int:
     """Execute the chapter named on the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Execute one chapter.")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("out", type=Path, help="the folder for the executed chapter")
-    parser.add_argument("--study", default="demo")
-    parser.add_argument("--timeout", type=int, default=3600, help="time limit of a cell, in s")
-    parser.add_argument("--also", type=Path, help="a folder with code to run after the chapter")
-    options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the kernel, as Ctrl-C does
     try:
-        execute(options.path, options.out, options.study, options.timeout, options.also)
+        execute(Path(path), Path(out), study, int(timeout), Path(also) if also else None)
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
@@ -137,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -212,9 +212,7 @@ def run(
     """
     todo, ran = chapters(folder, names), {}
     record = {"study": study, "helpers": helpers_digest(), "complete": todo == chapters(folder)}
-    options = ["--study", study, "--timeout", str(timeout)]
-    if also:
-        options += ["--also", str(also)]
+    options = [study, str(timeout), str(also or "")]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as scratch:
         folders = places(todo, study, keep or Path(scratch), also)

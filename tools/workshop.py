@@ -27,13 +27,9 @@ COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
     *("src/helpers", "results", "tools/check_environment.py"),
 )
-PAGES = ("dataset", "failures", "setup", "teaching")
-"""What the chapters link to, and the page for teachers."""
-SUMS = "SHA256SUMS"
-OPEN = ("CC", "MIT")
-"""How licences begin that let slides be passed on."""
-LIMIT_GB = 1.0
-"""The most slides, in 1e9 bytes, that a zip for participants may hold."""
+PAGES = ("dataset", "failures", "setup", "teaching")  # linked from chapters, or for teachers
+OPEN = ("CC", "MIT")  # how licences begin that let slides be passed on
+LIMIT_GB = 1.0  # of slides in a zip for participants, in 1e9 bytes
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "checkpoint.pt")
 
 
@@ -67,8 +63,7 @@ def slide_files(study: catalog.Study) -> dict[str, Path]:
     """Return the files of a real study, by their path in the official layout."""
     files = {catalog.METADATA: catalog.metadata_path()}
     for section in study.sections:
-        kinds = ("image", "coord", "gene_exp") + ("annotation",) * section.annotated
-        for kind in kinds:
+        for kind in ("image", "coord", "gene_exp") + ("annotation",) * section.annotated:
             official = catalog.relative_path(section.slide, kind, section.tech)
             files[str(official)] = catalog.find(section.slide, kind, tech=section.tech)
     return files
@@ -105,9 +100,8 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
     files = slide_files(study)
     size = sum(path.stat().st_size for path in files.values()) / 1e9
     if size > LIMIT_GB:
-        return (
-            f"no slides ({size:.1f} GB, too large to pack): set STIMAGE_ROOT to a folder with them"
-        )
+        why = f"{size:.1f} GB, too large to pack"
+        return f"no slides ({why}): set STIMAGE_ROOT to a folder that has them"
     for official, path in files.items():
         target = data / "STimage-1K4M" / official
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +128,7 @@ def put_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a folder, as ``sha256sum --check`` reads it."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     sums = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
+    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8", newline="\n")
 
 
 def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[str, str]:
@@ -155,10 +149,9 @@ def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[
                 shutil.copyfile(source, target)
         said = {"data": put_data(folder, study, with_data)}
         said["html"] = put_book(folder, study.name, built)
-        about = {"study": study.name, "title": study.title, "source": study.source}
         for page in (ROOT / "tools" / "participants").glob("[!_.]*.*"):
             text = string.Template(page.read_text(encoding="utf-8"))
-            filled = text.substitute(about, licence=study.licence, **said)
+            filled = text.substitute(vars(study), study=study.name, **said)
             (folder / page.name).write_text(filled, encoding="utf-8", newline="\n")
         put_checksums(folder)
         write_zip(packed, folder, f"stimage-workshop-{study.name}")
@@ -174,11 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the workshop edition of the book.")
     parser.add_argument("--study", default=os.environ.get("STUDY", "demo"))
     parser.add_argument("--out", type=Path, default=ROOT / "_build")
-    parser.add_argument(
-        "--with-data",
-        action="store_true",
-        help="include slides even if their licence does not clearly allow passing them on",
-    )
+    help_data = "include slides even if their licence does not clearly allow passing them on"
+    parser.add_argument("--with-data", action="store_true", help=help_data)
     options = parser.parse_args(argv)
     out = options.out.resolve()
     try:
