@@ -141,7 +141,7 @@ def test_a_chapter_leaves_nothing_for_another_to_find(folder: Path, tmp_path: Pa
     change(folder / "01_small.ipynb", "code-2", 'open("table.csv", "w").close()')
     done = script("run_notebooks", "01", "--notebooks", folder, "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "chapter 01_small leaves table.csv behind" in done.stderr
+    assert "chapter 01_small left behind table.csv" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

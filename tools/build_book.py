@@ -69,29 +69,29 @@ def stage(root: Path, executed: Path, folder: Path, study: str) -> None:
 def write_zip(
     target: Path, folder: Path, name: str, read: Callable[[Path], bytes] = Path.read_bytes
 ) -> None:
-    """Put the files of a folder into a zip as ``name``: equal bytes from equal content."""
+    """Zip the files of a folder under ``name``; equal content gives equal bytes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != target)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
-            entry = zipfile.ZipInfo(f"{name}/{path.relative_to(folder).as_posix()}")  # of 1980
+            entry = zipfile.ZipInfo(f"{name}/{path.relative_to(folder).as_posix()}")  # dated 1980
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, read(path))
 
 
 def without_offline_link(path: Path) -> bytes:
-    """Return a file of the book without the link to the zip, which would be broken in the zip."""
+    """Return a file of the book without the link to the zip, which is broken inside the zip."""
     content = path.read_bytes()
     return OFFLINE_LINK.sub(rb"\1", content) if path.suffix == ".html" else content
 
 
 def pack(html: Path) -> None:
-    """Put all pages into one zip beside them, with its SHA-256."""
+    """Put all pages into a zip next to them, and its SHA-256 next to that."""
     write_zip(html / ZIP, html, "stimage-book", without_offline_link)
     (html / f"{ZIP}.sha256").write_text(f"{sha256(html / ZIP)}  {ZIP}\n", encoding="utf-8")
 
 
 def build(source: Path, html: Path) -> bool:
-    """Build the pages and put them in place; return whether that succeeded."""
+    """Build the pages and replace the old ones; return whether that succeeded."""
     with tempfile.TemporaryDirectory(prefix="html.", dir=html.parent) as scratch:
         command = [*JUPYTER_BOOK, "build", source, "--path-output", scratch]
         command += ["-n", "-W", "--keep-going", "--quiet"]
@@ -116,13 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = (options.out or ROOT / "_build" / options.study).resolve()
     if reasons := refusals(out / "notebooks", ROOT, options.study):
-        print(
-            "No pages were built:",
-            *(f"- {reason}" for reason in reasons),
-            sep="\n",
-            file=sys.stderr,
-        )
-        print("Fix: run `make book`, or tools/run_notebooks.py without names.", file=sys.stderr)
+        fix = "Fix: run `make book`, or tools/run_notebooks.py without names."
+        lines = ["No pages were built:", *(f"- {reason}" for reason in reasons), fix]
+        print("\n".join(lines), file=sys.stderr)
         return 1
     if not sys.stderr.isatty():
         no_progress_bars()

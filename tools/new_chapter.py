@@ -1,7 +1,7 @@
-"""Begin a chapter: a small one that follows every rule and runs, ready to be filled.
+"""Begin a chapter: a small one that follows every rule and runs, ready to be filled in.
 
-From then on, a failing check is about the last change. The template is ``01_small.ipynb``, which is
-itself a complete chapter; the tests of the rules and of the other tools use it, too.
+From then on, a failing check points to the last change. The template, ``01_small.ipynb``, is itself
+a complete chapter, which the tests of the tools also use.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def title(name: str) -> str:
 
 
 def chapter(name: str = "01_small") -> nbs.Notebook:
-    """Return the template under another name: in its title, its link and the name of its figure."""
+    """Return the template with a new name in its title, its link and its figure."""
     text = TEMPLATE.read_text(encoding="utf-8")
     text = text.replace("# 1. Small", f"# {int(name[:2])}. {title(name)}")
     return json.loads(text.replace("01_small", name).replace("fig-01-", f"fig-{name[:2]}-"))

@@ -104,7 +104,7 @@ def execute(path: Path, out: Path, study: str, timeout: int, also: Path | None =
             stop.set()
         if left := sorted(p.name for p in Path(folder).iterdir() if p not in (scratch, source)):
             fix = "save results through a helper, in the cache, so that chapters run in any order"
-            raise NotebookError(f"chapter {path.stem} leaves {', '.join(left)} behind. Fix: {fix}.")
+            raise NotebookError(f"chapter {path.stem} left behind {', '.join(left)}. Fix: {fix}.")
         done, seconds = nbs.read(scratch), time.perf_counter() - start
     for cell in done["cells"]:
         if cell["id"] == ALSO:  # not part of the chapter

@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the chapters; return the exit status."""
     parser = argparse.ArgumentParser(description="Run the chapters of the book.")
     add = parser.add_argument
-    add("names", nargs="*", help="only these chapters, as 02 or 02_tiles (no pages without all)")
+    add("names", nargs="*", help="only these, such as 02 or 02_tiles; pages need all")
     add("--study", default=os.environ.get("STUDY", "demo"))
     add("--notebooks", type=Path, default=SOURCES, help="the folder of the chapters")
     add("--out", type=Path, help="default: _build/<study>/notebooks")
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{error.args[1]}\n\nPages that were built before are unchanged.", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
-    print(f"Chapters run: {len(record['chapters'])}, in {seconds:.0f} s, into {out}", flush=True)
+    print(f"Chapters: {len(record['chapters'])}, in {seconds:.0f} s, written to {out}", flush=True)
     return 0
 
 
