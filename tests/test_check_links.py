@@ -107,7 +107,7 @@ def test_a_book_that_cannot_be_read_is_no_success(
         check_links, "JUPYTER_BOOK", (sys.executable, "-c", "raise SystemExit('no')")
     )
     (tmp_path / "_config.yml").write_text("title: Small\n")
-    with pytest.raises(SystemExit, match="links were not checked:\n\nno"):
+    with pytest.raises(SystemExit, match=r"links were not checked.*:\n\nno"):
         check_links.check_links(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_file_with_other_bytes_is_broken(hub: SimpleNamespace) -> None:
     hub.answers[path_of(PLIP)] = hub_file(b"other", PLIP.revision)
     (found,) = not_ok(hub)
     assert found.state == "broken"
-    assert found.why.endswith(f"the pinned one {PLIP.sha256}")
+    assert found.why.startswith(f"pinned hash {PLIP.sha256}, not ")
 
 
 def test_a_file_of_another_commit_is_broken(hub: SimpleNamespace) -> None:
@@ -214,4 +214,6 @@ def test_a_hub_out_of_reach_is_said_once(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     (found,) = [f for f in check_links.check_data() if f.state != "ok"]
-    assert found == Finding("broken", "http://127.0.0.1:9", "the hub does not answer")
+    assert found == Finding(
+        "broken", "http://127.0.0.1:9", "the hub does not answer: try again later"
+    )

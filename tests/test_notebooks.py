@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import anatomy
 import notebooks as nbs
-from new_chapter import chapter, code, markdown, one_round
+from new_chapter import chapter
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -58,6 +57,19 @@ def put(name: str, key: str, value: Any) -> Callable[[Notebook], None]:
     return lambda notebook: cell(notebook, name).update({key: value})
 
 
+def markdown(name: str, text: str) -> dict[str, Any]:
+    return {"cell_type": "markdown", "id": name, "metadata": {}, "source": text}
+
+
+def code(name: str, text: str, *tags: str) -> dict[str, Any]:
+    new = {"outputs": [], "execution_count": None, "metadata": {"tags": list(tags)}}
+    return {"cell_type": "code", "id": name, "source": text} | new
+
+
+def one_round(k: int) -> list[dict[str, Any]]:
+    return [markdown(f"round-{k}", f"## Round {k}\n\n**Predict.** What?"), code(f"code-{k}", "1")]
+
+
 def insert(position: int, *new: dict[str, Any]) -> Callable[[Notebook], None]:
     def change(notebook: Notebook) -> None:
         notebook["cells"][position:position] = copy.deepcopy(list(new))
@@ -72,20 +84,20 @@ def figure(part: str, **values: str) -> Callable[[Notebook], None]:
 BROKEN: list[tuple[str, str, Callable[[Notebook], None]]] = [
     ("valid", "used twice", put("seen-1", "id", "seen-2")),
     ("valid", "notebook is not valid", put("seen-1", "id", "no spaces allowed")),
-    ("valid", "4.5", lambda nb: nb.update(nbformat_minor=4)),
-    ("valid", "kernelspec", lambda nb: nb["metadata"].update(language_info={"name": "python"})),
-    ("stripped", "outputs or a count", put("code-1", "execution_count", 3)),
+    ("stripped", "version", lambda nb: nb.update(nbformat_minor=4)),
+    ("stripped", "metadata", lambda nb: nb["metadata"].update(language_info={"name": "python"})),
+    ("stripped", "cell code-1", put("code-1", "execution_count", 3)),
     (
         "stripped",
-        "outputs or a count",
+        "cell code-1",
         put("code-1", "outputs", [{"output_type": "stream", "name": "stdout", "text": "1"}]),
     ),
-    ("stripped", "has the metadata", put("code-1", "metadata", {"collapsed": True})),
+    ("stripped", "cell code-1", put("code-1", "metadata", {"collapsed": True})),
     ("title", "first line", replace("title", "# 1. ", "# ")),
     ("title", "first line", replace("title", "# 1. ", "# 2. ")),
     ("title", "no **Question.**", replace("title", "**Question.**", "Question:")),
     ("title", "In one sentence", replace("title", "**In one sentence.**", "")),
-    ("title", "no link", replace("title", "01_small", "02_other")),
+    ("title", "no [Open in Colab]", replace("title", "01_small", "02_other")),
     ("objectives", "does not start", replace("objectives", "## Objectives", "## Aims")),
     ("objectives", "three to five", replace("objectives", "- Stop after five lines.\n", "")),
     ("objectives", "**Data.**", replace("objectives", "**Data.**", "Data")),
@@ -236,8 +248,7 @@ def test_strip_changes_nothing(path: Path, tmp_path: Path) -> None:
 def test_chapters_are_the_ones_of_the_table_of_contents() -> None:
     from build_book import chapters_of
 
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    assert chapters_of(toc) == NAMES
+    assert chapters_of(ROOT / "_toc.yml") == NAMES
 
 
 def test_figure_names_are_unique_over_the_book() -> None:

@@ -24,6 +24,7 @@ import check_environment
 import notebooks as nbs
 import run_notebooks
 from helpers import catalog
+from helpers.files import sha256
 from new_chapter import chapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,9 +107,7 @@ def test_a_run_shows_progress_and_leaves_clean_copies(
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert (record["study"], record["complete"]) == ("mob", True)
     assert record["chapters"]["02_other"]["peak_mb"] > 100
-    assert record["chapters"]["01_small"]["source"] == run_notebooks.digest(
-        folder / "01_small.ipynb"
-    )
+    assert record["chapters"]["01_small"]["source"] == sha256(folder / "01_small.ipynb")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_a_chapter_leaves_nothing_for_another_to_find(folder: Path, tmp_path: Pa
     change(folder / "01_small.ipynb", "code-2", 'open("table.csv", "w").close()')
     done = script("run_notebooks", "01", "--notebooks", folder, "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "chapter 01_small leaves table.csv behind" in done.stderr
+    assert "chapter 01_small left behind table.csv" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -169,9 +168,9 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     async def run_one(path: Path, out: Path, _: list[str]) -> None:
         names.append(path.stem)
-        out.mkdir()
+        out.mkdir(parents=True)
         shutil.copyfile(path, out / path.name)
-        record = {"seconds": 1.0, "peak_mb": 1, "source": run_notebooks.digest(path)}
+        record = {"seconds": 1.0, "peak_mb": 1, "source": sha256(path)}
         (out / "run.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(run_notebooks, "run_one", run_one)
@@ -221,14 +220,6 @@ def test_compiled_code_is_no_part_of_the_package(
     assert run_notebooks.helpers_digest() == before
     (package / "page.html").write_text("<p>")
     assert run_notebooks.helpers_digest() != before
-
-
-def test_a_chapter_that_two_runs_keep_at_once_is_kept_once(tmp_path: Path) -> None:
-    (tmp_path / "ran").mkdir()
-    (tmp_path / "ran" / "01_small.ipynb").write_text("executed")
-    for _ in range(2):
-        run_notebooks.store(tmp_path / "ran", tmp_path / "kept" / "01_small-abc")
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["01_small-abc"]
 
 
 def test_a_chapter_that_failed_is_not_kept_and_those_before_it_are(
@@ -383,7 +374,7 @@ def test_an_ended_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["09"], "No notebook is called 09"), (["--study", "nope"], "nope")],
+    [(["09"], "There is no chapter 09"), (["--study", "nope"], "nope")],
 )
 def test_a_typing_error_is_explained(
     folder: Path, tmp_path: Path, options: list[str], message: str
@@ -418,20 +409,23 @@ def test_a_missing_slide_is_said_before_any_chapter_runs(
 
 # --- building -----------------------------------------------------------------------------------
 
-TOC = {"root": "book/welcome", "parts": [{"chapters": [{"file": "notebooks/01_small"}]}]}
-
 
 @pytest.fixture
 def record(folder: Path) -> dict[str, Any]:
-    """A record of a full run of the one chapter of ``TOC``."""
-    source = run_notebooks.digest(folder / "01_small.ipynb")
-    ran = {"01_small": {"seconds": 1.0, "peak_mb": 100, "source": source}}
-    helpers = run_notebooks.helpers_digest()
-    return {"study": "demo", "helpers": helpers, "complete": True, "chapters": ran}
+    """A record of a full run of the only chapter in the table of contents."""
+    (folder.parent / "_toc.yml").write_text("root: book/welcome\n- file: notebooks/01_small\n")
+    ran = {"seconds": 1.0, "peak_mb": 100, "source": sha256(folder / "01_small.ipynb")}
+    helpers, chapters = run_notebooks.helpers_digest(), {"01_small": ran}
+    return {"study": "demo", "helpers": helpers, "complete": True, "chapters": chapters}
+
+
+def refusals(record: dict[str, Any], folder: Path) -> list[str]:
+    (folder / "run.json").write_text(json.dumps(record))
+    return build_book.refusals(folder, folder.parent, "demo")
 
 
 def test_a_full_run_may_be_built(record: dict[str, Any], folder: Path) -> None:
-    assert build_book.refusals(record, TOC, folder.parent, "demo") == []
+    assert refusals(record, folder) == []
 
 
 @pytest.mark.parametrize(
@@ -447,13 +441,14 @@ def test_a_full_run_may_be_built(record: dict[str, Any], folder: Path) -> None:
 def test_pages_of_another_run_are_refused(
     record: dict[str, Any], folder: Path, key: str, value: Any, reason: str
 ) -> None:
-    (found,) = build_book.refusals(record | {key: value}, TOC, folder.parent, "demo")
+    (found,) = refusals(record | {key: value}, folder)
     assert reason in found
 
 
 def test_pages_are_not_built_from_nothing(tmp_path: Path) -> None:
     done = script("build_book", "--out", tmp_path)
     assert done.returncode == 1
+    assert "no chapter has run on demo" in done.stderr
     assert "make book" in done.stderr
 
 

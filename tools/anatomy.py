@@ -48,6 +48,11 @@ def code_cells(notebook: Notebook, tag: str | None = None) -> list[Cell]:
     return [c for c in cells if tag is None or tag in nbs.tags(c)]
 
 
+def last_line(cell: Cell) -> str:
+    """Return the last line of a cell."""
+    return nbs.source(cell).strip().splitlines()[-1]
+
+
 def markdown_cells(notebook: Notebook) -> list[Cell]:
     """Return the cells of text."""
     return [c for c in notebook["cells"] if c["cell_type"] == "markdown"]
@@ -62,26 +67,22 @@ def prose(cell: Cell) -> str:
 
 
 def valid(notebook: Notebook, _: str) -> Problems:
-    """Nbformat 4.5, unique ids, the plain kernel and no other metadata."""
+    """A valid notebook with unique ids."""
     from nbformat.validator import iter_validate
 
     for error in iter_validate(notebook):
         yield f"the notebook is not valid: {str(error).splitlines()[0]}"
-    if (notebook.get("nbformat"), notebook.get("nbformat_minor")) != (4, 5):
-        yield "the notebook is not nbformat 4.5"
     ids = [c.get("id") for c in notebook["cells"]]
     yield from (f"cell id {i} is used twice" for i in dict.fromkeys(ids) if ids.count(i) > 1)
-    if notebook["metadata"] != {"kernelspec": nbs.KERNEL}:
-        yield "metadata is not just the plain python3 kernelspec: run tools/anatomy.py strip"
 
 
 def stripped(notebook: Notebook, _: str) -> Problems:
-    """No outputs, counts or editor metadata in the repository."""
-    for cell in notebook["cells"]:
-        if cell.get("outputs") or cell.get("execution_count") is not None:
-            yield f"{nbs.name(cell)} has outputs or a count: run tools/anatomy.py strip"
-        if extra := set(cell["metadata"]) - nbs.CELL_METADATA:
-            yield f"{nbs.name(cell)} has the metadata {sorted(extra)}: run tools/anatomy.py strip"
+    """Nbformat 4.5, without outputs, counts or editor metadata."""
+    clean = nbs.strip(notebook)
+    if notebook != clean:
+        cells = [nbs.name(c) for c in notebook["cells"] if c not in clean["cells"]]
+        where = ", ".join(cells) or "the metadata or version of the notebook"
+        yield f"strip would change {where}: run tools/anatomy.py strip"
 
 
 def title(notebook: Notebook, name: str) -> Problems:
@@ -90,8 +91,8 @@ def title(notebook: Notebook, name: str) -> Problems:
     if not re.match(rf"# {int(name[:2])}\. \S", text):
         yield f"the first line is not '# {int(name[:2])}. Title'"
     link = f"[Open in Colab](https://colab.research.google.com/github/{path}/blob/main/notebooks/{name}.ipynb)"
-    for part in ("**Question.**", "**In one sentence.**", f"link {link}"):
-        if part.removeprefix("link ") not in text:
+    for part in ("**Question.**", "**In one sentence.**", link):
+        if part not in text:
             yield f"the title cell has no {part}"
 
 
@@ -102,9 +103,9 @@ def objectives(notebook: Notebook, _: str) -> Problems:
         yield "the second cell does not start with '## Objectives'"
     if not 3 <= len(re.findall(r"^[-*] ", text, re.M)) <= 5:
         yield "there are not three to five objectives"
-    for part in ("Prerequisites", "Time", "Data"):
-        if f"**{part}.**" not in text:
-            yield f"the objectives cell has no **{part}.** line"
+    for part in ("**Prerequisites.**", "**Time.**", "**Data.**"):
+        if part not in text:
+            yield f"the objectives cell has no {part} line"
 
 
 def opening(notebook: Notebook, _: str) -> Problems:
@@ -139,16 +140,13 @@ def imports(notebook: Notebook, _: str) -> Problems:
 def parameters(notebook: Notebook, _: str) -> Problems:
     """Commented scalars, one a line, STUDY = "demo" and SEED among them."""
     for cell in code_cells(notebook, "parameters"):
-        lines, names = nbs.source(cell).splitlines(), set()
-        for line in (line for line in lines if line.strip() and not line.startswith("#")):
+        text = nbs.source(cell)
+        for line in re.findall(r"^[^#\n].*", text, re.M):
             if not PARAMETER.fullmatch(line):
                 yield f"{nbs.name(cell)}: the line is not 'NAME = value  # comment': {line}"
-                continue
-            statement = ast.parse(line).body[0]
-            names.add(statement.targets[0].id)
-            if not isinstance(statement.value, ast.Constant | ast.UnaryOp):
+            elif not isinstance(ast.parse(line).body[0].value, ast.Constant | ast.UnaryOp):
                 yield f"{nbs.name(cell)}: the value is not a scalar: {line}"
-        if 'STUDY = "demo"' not in nbs.source(cell) or "SEED" not in names:
+        if 'STUDY = "demo"' not in text or not re.search("^SEED = ", text, re.M):
             yield f'{nbs.name(cell)} has no STUDY = "demo" or no SEED'
 
 
@@ -162,12 +160,12 @@ def length(notebook: Notebook, _: str) -> Problems:
             yield f"{nbs.name(cell)} is empty"
 
 
-def sections(notebook: Notebook) -> list[tuple[str, list[Cell]]]:
-    """Return every second-level heading with the cells from there to the next."""
+def sections(notebook: Notebook, level: str = "##") -> list[tuple[str, list[Cell]]]:
+    """Return every heading of a level with the cells from there to the next."""
     found = [("", [])]
     for cell in notebook["cells"]:
         text = prose(cell) if cell["cell_type"] == "markdown" else ""
-        found += [(heading.strip(), []) for heading in re.findall(r"^## (.+)$", text, re.M)]
+        found += [(heading.strip(), []) for heading in re.findall(rf"^{level} (.+)$", text, re.M)]
         found[-1][1].append(cell)
     return found[1:]
 
@@ -202,8 +200,7 @@ def figures(notebook: Notebook, name: str) -> Problems:
             yield f"{nbs.name(cell)}: figure name '{label}' is not a new fig-{name[:2]}-something"
         if len(alt) < 30 or alt == figure.get("caption"):
             yield f"{nbs.name(cell)} has no alt text of its own, of 30 characters or more"
-        last = nbs.source(cell).strip().splitlines()[-1]
-        if not last.endswith((";", "plt.show()")):
+        if not last_line(cell).endswith((";", "plt.show()")):
             yield f"{nbs.name(cell)} ends with neither ';' nor plt.show(), so a repr may be shown"
         seen.add(label)
     if not seen:
@@ -213,27 +210,21 @@ def figures(notebook: Notebook, name: str) -> Problems:
 def exercises(notebook: Notebook, _: str) -> Problems:
     """Two to four exercises: prompt and hint, stub, check, hidden solution."""
     numbers = []
-    for i, cell in enumerate(notebook["cells"]):
-        prompt = re.search(r"^### Exercise (\d+)(.*)$", nbs.source(cell), re.M)
-        if cell["cell_type"] == "markdown" and prompt:
+    for heading, cells in sections(notebook, "###?"):
+        if prompt := re.match(r"Exercise (\d+)(.*)", heading):
             numbers.append(int(prompt[1]))
-            yield from exercise(numbers[-1], prompt[2], notebook["cells"][i:])
+            yield from exercise(numbers[-1], prompt[2], cells)
     if numbers != list(range(1, len(numbers) + 1)) or not 2 <= len(numbers) <= 4:
         yield f"exercises are numbered {numbers}, not 1 to 2, 3 or 4"
 
 
 def exercise(k: int, minutes: str, cells: list[Cell]) -> Problems:
-    """Check one exercise; ``cells`` begin with its prompt."""
+    """Check the cells of one exercise."""
     if not re.fullmatch(r" \(\d+ minutes\)", minutes):
         yield f"exercise {k} does not say '(N minutes)' in its heading"
-    following = cells[:1]
-    for cell in cells[1:]:
-        if re.search(r"^##", nbs.source(cell), re.M) and cell["cell_type"] == "markdown":
-            break
-        following.append(cell)
-    if not any("<details><summary>Hint</summary>\n\n" in nbs.source(c) for c in following):
+    if not any("<details><summary>Hint</summary>\n\n" in nbs.source(c) for c in cells):
         yield f"exercise {k} has no collapsed hint"
-    code = [c for c in following if c["cell_type"] == "code"]
+    code = [c for c in cells if c["cell_type"] == "code"]
     kinds = [next(iter(nbs.tags(c) & {"exercise", "check", "solution"}), None) for c in code]
     if kinds[:3] != ["exercise", "check", "solution"]:
         yield f"exercise {k} is followed by {kinds}, not by stub, check, solution"
@@ -241,10 +232,10 @@ def exercise(k: int, minutes: str, cells: list[Cell]) -> Problems:
     stub, check, solution = code[:3]
     if not re.search(rf"^answer_{k} = ", nbs.source(stub), re.M):
         yield f"exercise {k}: the stub does not assign answer_{k}"
-    last = nbs.source(check).strip().splitlines()[-1]
-    if f"def check_{k}(" not in nbs.source(check) or f"check_{k}(answer_{k})" not in last:
+    called = f"check_{k}(answer_{k})" in last_line(check)
+    if not called or f"def check_{k}(" not in nbs.source(check):
         yield f"exercise {k}: the check does not define check_{k} and call it on answer_{k}"
-    if f"check_{k}(" not in nbs.source(solution).strip().splitlines()[-1]:
+    if f"check_{k}(" not in last_line(solution):
         yield f"exercise {k}: the last line of the solution does not call check_{k}"
     hidden = solution["metadata"].get("jupyter", {}).get("source_hidden")
     if not (hidden and "hide-cell" in nbs.tags(solution)):

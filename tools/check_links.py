@@ -1,8 +1,8 @@
-"""Check that everything the book needs elsewhere is still there: pinned data, and every link.
+"""Check that the pinned data and all external links of the book are still available.
 
-The hub is asked about its pinned files without downloading them: commit and hash in its answer must
-be the pinned ones. Sphinx's link checker follows the links of the pages, the chapters, README and
-CONTRIBUTING. The exit status is 1 if anything is broken.
+The hub's answers for the pinned files must have the pinned commit and hash; nothing is downloaded.
+Sphinx's link checker follows the links in the pages, the chapters, README and CONTRIBUTING. The
+exit status is 1 if anything is broken.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ REFUSING = (
     *("jstor.org", "onlinelibrary.wiley.com", "opensource.org", "science.org", "sciencedirect.com"),
     *("tandfonline.com",),
 )
-"""Hosts that refuse requests from programs. A page that is gone answers 404 there, too: broken."""
+"""Hosts that refuse requests from programs; a missing page still answers 404 and is broken."""
 REFUSAL = re.compile(r"(?:401|403|418|429) Client Error.* for url: (\S+)")
 LINKCHECK = {
     "user_agent": f"weekly link check of {repository.url()}",
-    "linkcheck_anchors": False,  # a HEAD request is enough then; a GET follows where it is refused
+    "linkcheck_anchors": False,  # so that HEAD is enough; if it is refused, GET is tried
     "linkcheck_retries": 3,
     "linkcheck_timeout": 30,
     "linkcheck_workers": 4,
     "linkcheck_rate_limit_timeout": 120,
     "linkcheck_allow_unauthorized": False,
-    "linkcheck_report_timeouts_as_broken": True,  # or a timeout would not be tried again
+    "linkcheck_report_timeouts_as_broken": True,  # without this, timeouts are not retried
 }
 
 
 class Finding(NamedTuple):
-    """The answer for one file or link; `state` is ok, unknown, refused or broken."""
+    """The result for a file or link; `state` is ok, unknown, refused or broken."""
 
     state: str
     what: str
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
 
 class Pin(NamedTuple):
-    """A file on the hub that the helpers name, at a revision, with its SHA-256 if published."""
+    """A file on the hub at the revision that the helpers use, with its SHA-256 if published."""
 
     kind: str
     repo: str
@@ -75,11 +75,11 @@ def pins() -> list[Pin]:
         for card in towers.CARDS.values()
         if (s := card.source)
     ]
-    for study in catalog.STUDIES.values():
-        for section in study.sections if study.name != "demo" else ():
-            kinds = ("coord", "gene_exp", "image") + ("annotation",) * section.annotated
-            files = [catalog.relative_path(section.slide, k, section.tech) for k in kinds]
-            found += [Pin("dataset", catalog.DATASET, catalog.REVISION, str(f)) for f in files]
+    real = (study for study in catalog.STUDIES.values() if study.name != "demo")
+    for section in (section for study in real for section in study.sections):
+        for kind in ("coord", "gene_exp", "image") + ("annotation",) * section.annotated:
+            file = catalog.relative_path(section.slide, kind, section.tech)
+            found.append(Pin("dataset", catalog.DATASET, catalog.REVISION, str(file)))
     return found
 
 
@@ -92,7 +92,7 @@ def address(pin: Pin, endpoint: str | None = None) -> str:
 
 
 def check_data(endpoint: str | None = None) -> list[Finding]:
-    """Ask the hub about every pinned file; fetch the table of slides, which is small."""
+    """Check every pinned file on the hub, and fetch the table of slides, which is small."""
     from huggingface_hub import constants
 
     from helpers import catalog, files
@@ -104,26 +104,25 @@ def check_data(endpoint: str | None = None) -> list[Finding]:
         table = Finding("broken", catalog.METADATA_URL, str(error))
     endpoint = endpoint or constants.ENDPOINT
     if not files.reachable(endpoint):
-        return [table, Finding("broken", endpoint, "the hub does not answer")]
+        return [table, Finding("broken", endpoint, "the hub does not answer: try again later")]
     return [table, *(check_pin(pin, address(pin, endpoint)) for pin in pins())]
 
 
 def check_pin(pin: Pin, url: str) -> Finding:
-    """Compare the hub's answer for one file with its pin."""
+    """Compare the hub's answer for a file with its pin."""
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import GatedRepoError
 
     try:
         answer = get_hf_file_metadata(url, retry_on_errors=True)
-    except Exception as error:  # the hub's client and httpx have a dozen kinds between them
-        known_gate = pin.gated and isinstance(error, GatedRepoError)
+    except Exception as error:  # the hub's client and httpx raise a dozen types
+        state = "refused" if pin.gated and isinstance(error, GatedRepoError) else "broken"
         first_line = str(error).strip().partition("\n")[0]
-        state = "refused" if known_gate else "broken"
         return Finding(state, url, f"{type(error).__name__}: {first_line}")
     if pin.revision not in ("main", answer.commit_hash):
-        return Finding("broken", url, f"the hub answers with commit {answer.commit_hash}")
+        return Finding("broken", url, f"pinned commit {pin.revision}, not {answer.commit_hash}")
     if pin.sha256 and answer.etag != pin.sha256:
-        return Finding("broken", url, f"its hash is {answer.etag}, the pinned one {pin.sha256}")
+        return Finding("broken", url, f"pinned hash {pin.sha256}, not {answer.etag}")
     return Finding("ok", url)
 
 
@@ -131,7 +130,7 @@ def check_pin(pin: Pin, url: str) -> Finding:
 
 
 def stage(folder: Path) -> None:
-    """Fill a folder with the book's source, README and CONTRIBUTING among the pages."""
+    """Fill a folder with the book's source, with README and CONTRIBUTING as pages."""
     stage_book(ROOT, ROOT / "notebooks", folder, "demo")
     extra = ("README", "CONTRIBUTING")
     for name in extra:
@@ -148,31 +147,33 @@ def check_links(source: Path, **settings: Any) -> list[Finding]:
     config.setdefault("sphinx", {}).setdefault("config", {}).update(LINKCHECK | settings)
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="links.") as out:
-        command = [*JUPYTER_BOOK, "build", str(source), "--path-output", out]
-        command += ["--builder", "linkcheck"]
+        command = [*JUPYTER_BOOK, "build", source, "--path-output", out, "--builder", "linkcheck"]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         report = Path(out) / "_build" / "html" / "output.json"
-        if not report.is_file():  # with broken links alone, the report is written
-            raise SystemExit(f"The links were not checked:\n{done.stdout}\n{done.stderr}")
+        if not report.is_file():  # broken links alone do not prevent it
+            raise SystemExit(
+                "The links were not checked, because the book could not be read."
+                f" Fix the errors below, then run `make links` again:\n{done.stdout}\n{done.stderr}"
+            )
         links = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     return [judge(link) for link in links if link["uri"].startswith(("http:", "https:"))]
 
 
 def judge(link: dict[str, Any]) -> Finding:
-    """Turn Sphinx's answer for a link into a finding."""
-    what = f"{link['uri']} in {link['filename']}"
+    """Turn Sphinx's result for a link into a finding."""
+    what, why = f"{link['uri']} in {link['filename']}", link["info"]
     if link["status"] in ("working", "redirected"):
         return Finding("ok", what)
     if link["status"] != "broken":
-        return Finding("unknown", what, link["info"])
-    refusal = REFUSAL.search(link["info"])
+        return Finding("unknown", what, why)
+    refusal = REFUSAL.search(why)
     host = "." + (urlsplit(refusal[1]).hostname or "") if refusal else ""
     refuses = host.endswith(tuple(f".{name}" for name in REFUSING))
-    return Finding("refused" if refuses else "broken", what, link["info"] or "no answer")
+    return Finding("refused" if refuses else "broken", what, why or "no answer")
 
 
 def report(found: list[Finding]) -> int:
-    """Print everything that is not in order, broken links last; return the exit status."""
+    """Print every finding that is not ok, the broken ones last; return the exit status."""
     states = ("ok", "unknown", "refused", "broken")
     for finding in sorted(found, key=lambda f: states.index(f.state)):
         if finding.state != "ok":

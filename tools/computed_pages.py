@@ -78,10 +78,7 @@ def totals_of(table: pd.DataFrame) -> dict[str, Any]:
 def official_totals() -> tuple[dict[str, Any], str]:
     """Return the totals of the official table of slides, and its SHA-256.
 
-    Raises
-    ------
-    DataError
-        The table cannot be read, or a different file has its name.
+    A `DataError` says that the table cannot be read, or that a different file has its name.
     """
     path = catalog.metadata_path()
     sha256 = files.sha256(path)
@@ -166,16 +163,15 @@ def draw_dataset(totals: dict[str, Any], folder: Path) -> None:
 
 def draw_technologies(axes: Axes, totals: dict[str, Any]) -> None:
     """Draw two full bars: how the technologies share the slides, and how they share the spots."""
-    for y, what in ((1, "slides"), (0, "spots")):
-        left = 0.0
-        for tech, row in totals["technologies"].items():
-            share = 100 * row[what] / totals[what]
-            axes.barh(y, share, left=left, color=COLOURS[tech], label=NAMES[tech] if y else None)
-            if share > 8:
-                middle = left + share / 2
-                axes.text(middle, y, f"{share:.0f}%", ha="center", va="center", color=INK[tech])
-            left += share
-    axes.set(yticks=[1, 0], yticklabels=["slides", "spots"], xlabel="share (%)", xlim=(0, 100))
+    left = np.zeros(2)
+    for tech, row in totals["technologies"].items():
+        shares = np.array([100 * row[what] / totals[what] for what in ("spots", "slides")])
+        bars = axes.barh(["spots", "slides"], shares, left=left, color=COLOURS[tech])
+        bars.set_label(NAMES[tech])
+        labels = [f"{share:.0f}%" if share > 8 else "" for share in shares]
+        axes.bar_label(bars, labels, label_type="center", color=INK[tech])
+        left += shares
+    axes.set(xlabel="share (%)", xlim=(0, 100))
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.42, 1), ncols=3, frameon=False, fontsize=8,
         columnspacing=0.8, handlelength=0.8, handletextpad=0.4,
@@ -215,6 +211,11 @@ def common_prefix(study: catalog.Study) -> str:
     return same[: same.rfind("_") + 1]
 
 
+def short(slide: str, study: catalog.Study) -> str:
+    """Return the name of a slide without what all of its study share."""
+    return slide.removeprefix(common_prefix(study))
+
+
 def built_values(study: catalog.Study) -> dict[str, str]:
     """Load and count the slides of the study that the chapters ran on; return its substitutions."""
     logging.disable(logging.WARNING)  # chapter 1 shows the remarks of the loader
@@ -224,7 +225,7 @@ def built_values(study: catalog.Study) -> dict[str, str]:
         logging.disable(logging.NOTSET)
     body = [
         [
-            f"`{section.slide.removeprefix(common_prefix(study))}`",
+            f"`{short(section.slide, study)}`",
             section.donor,
             adata.n_obs,
             adata.n_vars,
@@ -263,10 +264,8 @@ def thumbnail(section: catalog.Section, root: Path | None) -> Thumbnail | None:
     """Return the picture of a slide, or None if its files are not below `root`."""
     if root is None:
         return None
-    image, coord = (
-        root / catalog.relative_path(section.slide, kind, section.tech)
-        for kind in ("image", "coord")
-    )
+    kinds = ("image", "coord")
+    image, coord = (root / catalog.relative_path(section.slide, k, section.tech) for k in kinds)
     if not (image.exists() and coord.exists()):
         return None
     table = pd.read_csv(coord)
@@ -285,9 +284,8 @@ def draw_study(study: catalog.Study, found: dict[str, Thumbnail], path: Path) ->
     for ax in axes:
         ax.axis("off")
     for ax, (slide, made) in zip(axes, found.items(), strict=False):
-        name = slide.removeprefix(common_prefix(study))
         ax.imshow(made.pixels)
-        ax.set_title(f"{name}, donor {study.section(slide).donor}", fontsize=10)
+        ax.set_title(f"{short(slide, study)}, donor {study.section(slide).donor}", fontsize=10)
         plots.scale_bar(ax, made.um_per_px, length_um=1000)
     for quality in (85, 75, 65, 55, 45, 35):
         file = io.BytesIO()
@@ -317,7 +315,7 @@ def facts_table(study: catalog.Study) -> str:
 
 def slides_table(study: catalog.Study, found: dict[str, Thumbnail]) -> str:
     """Return a table of the slides: donor, neighbouring sections, labels, and scale if drawn."""
-    names = {s.slide: f"`{s.slide.removeprefix(common_prefix(study))}`" for s in study.sections}
+    names = {s.slide: f"`{short(s.slide, study)}`" for s in study.sections}
     body = []
     for section in study.sections:
         same = [s for s in study.sections if s.group == section.group and s != section]
@@ -337,7 +335,7 @@ def figure_of(study: catalog.Study, found: dict[str, Thumbnail]) -> str:
             f" here. `STUDY={study.name} make book` fetches the slides and draws them."
         )
     missing = len(study.sections) - len(found)
-    names = ", ".join(slide.removeprefix(common_prefix(study)) for slide in found)
+    names = ", ".join(short(slide, study) for slide in found)
     rest = f" {missing} more were not on the machine that built this page." if missing else ""
     return (
         f"```{{figure}} figures/study-{study.name}.jpg\n:name: fig-study-{study.name}\n"
@@ -362,15 +360,7 @@ def roots(built: str) -> dict[str, Path | None]:
 
 
 def stage(folder: Path, built: str) -> None:
-    """Add all numbers, tables and figures to a staged copy of the book.
-
-    Parameters
-    ----------
-    folder
-        Holds ``_config.yml`` and ``book/figures``.
-    built
-        The study that the chapters ran on.
-    """
+    """Add all numbers, tables and figures to a staged book whose chapters ran on a study."""
     figures = folder / "book" / "figures"
     totals, source = totals_and_source()
     draw_dataset(totals, figures)

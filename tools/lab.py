@@ -1,7 +1,7 @@
 """Open copies of the chapters in JupyterLab, in my-notebooks/, which git ignores.
 
-Answers and outputs then never get in the way of `make book`, `make test` or `git pull`. A copy is
-renewed with its chapter until a reader edits it. Options are passed on to JupyterLab.
+This keeps answers and outputs out of the way of `make book`, `make test` and `git pull`. A copy is
+updated with its chapter until a reader edits it. Options are passed on to JupyterLab.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import notebooks as nbs
+from notebooks import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES, COPIES = ROOT / "notebooks", ROOT / "my-notebooks"
 RECORD = ".copied.json"  # the version of the chapter that each copy was made from
 
@@ -26,7 +26,7 @@ def digest(notebook: nbs.Notebook) -> str:
 
 
 def copy(sources: Path = SOURCES, copies: Path = COPIES) -> Iterator[str]:
-    """Renew the copies; yield a line for each that was edited and whose chapter has changed."""
+    """Update the copies; yield a line for each edited copy whose chapter has changed."""
     copies.mkdir(exist_ok=True)
     record = copies / RECORD
     made = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -39,13 +39,13 @@ def copy(sources: Path = SOURCES, copies: Path = COPIES) -> Iterator[str]:
         elif before != now:
             yield (
                 f"{path.name} has changed since you edited your copy, which is kept. "
-                f"To get the new one, rename {mine.relative_to(copies.parent)} and start again."
+                f"To get the new version, rename {mine.relative_to(copies.parent)} and start again."
             )
     record.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def main(options: list[str]) -> None:
-    """Copy, and start JupyterLab."""
+    """Update the copies and start JupyterLab."""
     from jupyterlab.labapp import LabApp
 
     for line in copy():

@@ -36,18 +36,18 @@ def tags(cell: Cell) -> set[str]:
     return set(cell["metadata"].get("tags", []))
 
 
-def strip(notebook: Notebook) -> Notebook:
-    """Return a copy without outputs, counts and the metadata that editors leave behind."""
+def strip(notebook: Notebook, keep_outputs: bool = False) -> Notebook:
+    """Return a copy without outputs, counts and the metadata that editors and papermill add."""
     cells = []
     for cell in notebook["cells"]:
         kept = {k: v for k, v in cell["metadata"].items() if k in CELL_METADATA}
         clean = {**cell, "metadata": kept, "source": source(cell).splitlines(keepends=True)}
-        if cell["cell_type"] == "code":
+        if cell["cell_type"] == "code" and not keep_outputs:
             clean |= {"outputs": [], "execution_count": None}
         cells.append(clean)
     return {"cells": cells, "metadata": {"kernelspec": KERNEL}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def name(cell: Cell) -> str:
-    """Return how messages call a cell."""
+    """Return the name of a cell in messages."""
     return f"cell {cell.get('id', '?')}"

@@ -1,7 +1,7 @@
-"""The address of the book's repository; as a script: change it everywhere.
+"""The address of the book's repository; as a script, change it everywhere.
 
-The address stands in ``_config.yml``. The install for Colab, the Colab links, README and the
-citation repeat it, because each of them is read alone; ``make repo URL=...`` changes them all.
+The address is set in ``_config.yml``. The install cell for Colab, the Colab links, README and the
+citation repeat it, because each of them is used on its own; ``make repo URL=...`` changes them all.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def url(root: Path = ROOT) -> str:
 
 
 def owner_and_name(address: str) -> str:
-    """Return OWNER/NAME of an address that Colab and ``git clone`` both accept."""
+    """Return the OWNER/NAME part of an address that both Colab and ``git clone`` accept."""
     if match := URL.fullmatch(address):
         return match[1]
     raise SystemExit(
-        f"'{address}' is not the address of a repository on GitHub, from where Colab opens"
-        " notebooks. Fix: make repo URL=https://github.com/OWNER/NAME, with nothing after NAME."
+        f"'{address}' is not the address of a GitHub repository, which Colab needs."
+        " Fix: make repo URL=https://github.com/OWNER/NAME, with nothing after NAME."
     )
 
 
 def move(address: str, root: Path = ROOT) -> list[str]:
-    """Put ``address`` wherever a tracked file names the repository; return those files."""
+    """Change the address to ``address`` in every tracked file that has it; return those files."""
     old, new = owner_and_name(url(root)), owner_and_name(address)
     named = re.compile(rf"(github(?:\.com)?/){re.escape(old)}(?![\w-])")  # a URL, or a Colab link
     command = ["git", "grep", "--name-only", "-I", "--fixed-strings", old]
@@ -45,5 +45,5 @@ def move(address: str, root: Path = ROOT) -> list[str]:
 
 if __name__ == "__main__":
     changed = move("".join(sys.argv[1:]))
-    print(f"The book is at {url()}. Files changed: {', '.join(changed) or 'none'}.")
-    print("Look at `git diff`, then run `make test`.")
+    print(f"The book is now at {url()}. Files changed: {', '.join(changed) or 'none'}.")
+    print("Review `git diff`, then run `make test`.")

@@ -8,7 +8,6 @@ same in one file, equal bytes from equal content. Both appear complete or not at
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -17,40 +16,33 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 import notebooks as nbs
 from build_book import OFFLINE_LINK, ZIP, refusals, without_offline_link, write_zip
 from helpers import catalog, simulate
 from helpers.files import sha256
 from notebooks import ROOT
-from run_chapter import RECORD
 from run_notebooks import chapters
 
 COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
     *("src/helpers", "results", "tools/check_environment.py"),
 )
-PAGES = ("dataset", "failures", "setup", "teaching")
-"""What the chapters link to, and the page for teachers."""
-SUMS = "SHA256SUMS"
-OPEN = ("CC", "MIT")
-"""How licences begin that let slides be passed on."""
-LIMIT_GB = 1.0
-"""The most slides, in 1e9 bytes, that a zip for participants may hold."""
+PAGES = ("dataset", "failures", "setup", "teaching")  # linked from chapters, or for teachers
+OPEN = ("CC", "MIT")  # how licences begin that let slides be passed on
+LIMIT_GB = 1.0  # of slides in a zip for participants, in 1e9 bytes
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "checkpoint.pt")
 
 
 def edition(notebook: nbs.Notebook, study: str, solutions: bool) -> nbs.Notebook:
     """Return a chapter for a study, stripped, with or without its solutions."""
-    cells = []
-    for cell in nbs.strip(notebook)["cells"]:
+    made = nbs.strip(notebook)
+    for cell in made["cells"]:
         if "parameters" in nbs.tags(cell):
             text = nbs.source(cell).replace('STUDY = "demo"', f'STUDY = "{study}"')
-            cell = {**cell, "source": text.splitlines(keepends=True)}
-        if solutions or "solution" not in nbs.tags(cell):
-            cells.append(cell)
-    return {**nbs.strip(notebook), "cells": cells}
+            cell["source"] = text.splitlines(keepends=True)
+    if not solutions:
+        made["cells"] = [cell for cell in made["cells"] if "solution" not in nbs.tags(cell)]
+    return made
 
 
 def put_chapters(folder: Path, study: str) -> None:
@@ -71,8 +63,7 @@ def slide_files(study: catalog.Study) -> dict[str, Path]:
     """Return the files of a real study, by their path in the official layout."""
     files = {catalog.METADATA: catalog.metadata_path()}
     for section in study.sections:
-        kinds = ("image", "coord", "gene_exp") + ("annotation",) * section.annotated
-        for kind in kinds:
+        for kind in ("image", "coord", "gene_exp") + ("annotation",) * section.annotated:
             official = catalog.relative_path(section.slide, kind, section.tech)
             files[str(official)] = catalog.find(section.slide, kind, tech=section.tech)
     return files
@@ -109,9 +100,8 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
     files = slide_files(study)
     size = sum(path.stat().st_size for path in files.values()) / 1e9
     if size > LIMIT_GB:
-        return (
-            f"no slides ({size:.1f} GB, too large to pack): set STIMAGE_ROOT to a folder with them"
-        )
+        why = f"{size:.1f} GB, too large to pack"
+        return f"no slides ({why}): set STIMAGE_ROOT to a folder that has them"
     for official, path in files.items():
         target = data / "STimage-1K4M" / official
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,12 +111,9 @@ def put_slides(data: Path, study: catalog.Study, with_data: bool) -> str:
 
 def put_book(folder: Path, study: str, built: Path) -> str:
     """Copy the pages if they are those of these chapters; return what to tell the participants."""
-    record = built / "notebooks" / RECORD
-    if not (record.exists() and (built / "html" / "index.html").exists()):
+    if not (built / "html" / "index.html").exists():
         return f"not here: the book was not built (`STUDY={study} make book` builds it)"
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    ran = json.loads(record.read_text(encoding="utf-8"))
-    if reasons := refusals(ran, toc, ROOT, study):
+    if reasons := refusals(built / "notebooks", ROOT, study):
         return f"not here: the book is out of date ({'; '.join(reasons)})"
     shutil.copytree(
         built / "html",
@@ -140,11 +127,8 @@ def put_book(folder: Path, study: str, built: Path) -> str:
 def put_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a folder, as ``sha256sum --check`` reads it."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sums = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n"
-        for p in files
-    ]
-    (folder / SUMS).write_text("".join(sums), encoding="utf-8", newline="\n")
+    sums = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8", newline="\n")
 
 
 def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[str, str]:
@@ -165,10 +149,9 @@ def make(out: Path, study: catalog.Study, with_data: bool, built: Path) -> dict[
                 shutil.copyfile(source, target)
         said = {"data": put_data(folder, study, with_data)}
         said["html"] = put_book(folder, study.name, built)
-        about = {"study": study.name, "title": study.title, "source": study.source}
         for page in (ROOT / "tools" / "participants").glob("[!_.]*.*"):
             text = string.Template(page.read_text(encoding="utf-8"))
-            filled = text.substitute(about, licence=study.licence, **said)
+            filled = text.substitute(vars(study), study=study.name, **said)
             (folder / page.name).write_text(filled, encoding="utf-8", newline="\n")
         put_checksums(folder)
         write_zip(packed, folder, f"stimage-workshop-{study.name}")
@@ -184,11 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the workshop edition of the book.")
     parser.add_argument("--study", default=os.environ.get("STUDY", "demo"))
     parser.add_argument("--out", type=Path, default=ROOT / "_build")
-    parser.add_argument(
-        "--with-data",
-        action="store_true",
-        help="include slides even if their licence does not clearly allow passing them on",
-    )
+    help_data = "include slides even if their licence does not clearly allow passing them on"
+    parser.add_argument("--with-data", action="store_true", help=help_data)
     options = parser.parse_args(argv)
     out = options.out.resolve()
     try:
