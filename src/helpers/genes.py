@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from helpers.files import DataError
+from helpers.files import DataError, listed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -200,7 +200,7 @@ class Panel:
             raise DataError(f"panel {self.name!r} has no genes", fix="name at least one gene")
         genes = pd.Index(self.genes)
         if genes.has_duplicates:
-            twice = _some(genes[genes.duplicated()].unique())
+            twice = listed(genes[genes.duplicated()].unique())
             what = f"panel {self.name!r} has duplicate genes: {twice}"
             raise DataError(what, fix="name each gene once")
 
@@ -225,7 +225,7 @@ def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
     seen = sorted(set(panel.slides) & set(slides))
     if seen:
         raise DataError(
-            f"panel {panel.name!r} was chosen with held-out slides: {_some(seen)}",
+            f"panel {panel.name!r} was chosen with held-out slides: {listed(seen)}",
             fix="choose the panel on the training slides alone",
         )
 
@@ -397,7 +397,7 @@ def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
     for other in others:
         genes = genes[genes.isin(other.var_names)]
         if not len(genes):
-            what = f"it shares no gene with the slides before it ({_some(slides)})"
+            what = f"it shares no gene with the slides before it ({listed(slides)})"
             fix = "compare slides of one species, with genes named the same way"
             raise DataError(what, slide=_name(other), fix=fix)
     return genes
@@ -430,7 +430,7 @@ def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(panel.genes)} genes of panel {panel.name!r} were not measured:"
-            f" {_some(missing)}",
+            f" {listed(missing)}",
             slide=_name(adata),
             fix="choose the panel among genes that all slides share",
         )
@@ -465,7 +465,7 @@ def _seen(slides: Mapping[str, AnnData]) -> tuple[str, ...]:
 def _unique_symbols(adata: AnnData) -> None:
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].unique()
-        what = f"duplicate gene symbols: {_some(twice)}"
+        what = f"duplicate gene symbols: {listed(twice)}"
         raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
@@ -487,10 +487,5 @@ def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2) ->
 
 def _enough(n: int, available: int, slides: Iterable[str]) -> None:
     if not 0 < n <= available:
-        what = f"{n} genes asked for, {available} with counts on slides: {_some(slides)}"
+        what = f"{n} genes asked for, {available} with counts on slides: {listed(slides)}"
         raise DataError(what, fix=f"ask for 1 to {available} genes")
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
