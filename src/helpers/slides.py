@@ -479,26 +479,27 @@ def _check_spot_table(table: pd.DataFrame) -> None:
 # --------------------------------------------------------------------------- scale and image
 
 
-def um_per_px(adata: ad.AnnData, slide: str | None = None) -> float:
+def um_per_px(adata: ad.AnnData) -> float:
     """Return how many microns one px of the full image spans."""
-    return float(_spatial(adata, slide)["um_per_px"])
+    return float(_spatial(adata)["um_per_px"])
 
 
-def image_path(adata: ad.AnnData, slide: str | None = None) -> Path:
+def image_path(adata: ad.AnnData) -> Path:
     """Return the path of the full image."""
-    return Path(_spatial(adata, slide)["metadata"]["image_path"])
+    return Path(_spatial(adata)["metadata"]["image_path"])
 
 
-def spot_side_px(adata: ad.AnnData, slide: str | None = None) -> float:
+def spot_side_px(adata: ad.AnnData) -> float:
     """Return the diameter of a spot in px of the full image: the side of the paper's sub-tile."""
-    return float(_spatial(adata, slide)["scalefactors"]["spot_diameter_fullres"])
+    return float(_spatial(adata)["scalefactors"]["spot_diameter_fullres"])
 
 
-def _spatial(adata: ad.AnnData, slide: str | None) -> dict:
+def _spatial(adata: ad.AnnData) -> dict:
     known = adata.uns["spatial"]
-    if slide is None and len(known) > 1:
-        raise DataError(f"this AnnData holds {len(known)} slides", fix=f"name one of {list(known)}")
-    return known[slide or next(iter(known))]
+    if len(known) > 1:
+        what = f"this AnnData holds {len(known)} slides"
+        raise DataError(what, fix=f"give one slide at a time, of {list(known)}")
+    return next(iter(known.values()))
 
 
 def estimate_um_per_px(
@@ -624,8 +625,8 @@ def check_spots(adata: ad.AnnData, slide: str | None = None) -> None:
         x and y swapped.
     """
     slide = slide or next(iter(adata.uns["spatial"]))
-    known, where = _spatial(adata, slide), {"slide": slide, "file": image_path(adata, slide)}
-    xy = adata.obsm["spatial"]
+    known, xy = adata.uns["spatial"][slide], adata.obsm["spatial"]
+    where = {"slide": slide, "file": Path(known["metadata"]["image_path"])}
     size = known["metadata"]["width_px"], known["metadata"]["height_px"]
     outside = ((xy < 0) | (xy >= size)).any(axis=1)
     if outside.any():
