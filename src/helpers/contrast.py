@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from open_clip import SimpleTokenizer
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor, nn
 
@@ -166,8 +167,7 @@ def pair(
             logger.info("slide %s: %d of %d spots have no tile", slide, n, adata.n_obs)
         table = pd.DataFrame({"slide": slide}, index=index.index)
         table["donor"], table["group"] = (_only(adata, key, slide) for key in ("donor", "group"))
-        labels = adata.obs["label"] if "label" in adata.obs else pd.Series(index=adata.obs_names)
-        table["label"] = labels.astype(object).reindex(index.index)
+        table["label"] = adata.obs["label"].astype(object).reindex(index.index)
         view = np.empty((len(index), 0), np.float32)
         if panel is not None:
             view = genes.select(adata, panel).loc[index.index].to_numpy(np.float32)
@@ -346,8 +346,6 @@ def captions(array: np.ndarray, spots: pd.DataFrame) -> pd.Series:
 
 def with_captions(pairs: Pairs, context: int = 32) -> Pairs:
     """Give pairs their captions as second view: open_clip's tokens, int64 ``(n, context)``."""
-    from open_clip import SimpleTokenizer
-
     said = captions(pairs.tiles, pairs.spots)
     tokens = SimpleTokenizer(context_length=context)(said.tolist()).numpy()
     return replace(pairs, other=tokens, spots=pairs.spots.assign(caption=said), panel=None)
