@@ -465,8 +465,7 @@ def _window(
         window[:] = block[np.ix_(rows - top, columns - left)]
         return window
     left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if left < right and top < bottom:
-        window[top - y0 : bottom - y0, left - x0 : right - x0] = pixels(top, bottom, left, right)
+    window[top - y0 : bottom - y0, left - x0 : right - x0] = pixels(top, bottom, left, right)
     return window
 
 
