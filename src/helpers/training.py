@@ -257,8 +257,8 @@ class Run:
         The loss depends on the size of a batch, so it is averaged over batches as in training.
         """
         model, precision = self.model.eval(), self.settings.precision
-        image = contrast.embed_rows(model, contrast.embed_tiles, self.validation_images, precision)
-        other = contrast.embed_rows(model, TwoTowers.embed_other, self.validation.other, precision)
+        views = self.validation_images, self.validation.other
+        image, other = contrast.embed_rows(model, *views, precision)
         mixed = replace(self.settings, same_slide=False)
         with torch.no_grad():
             losses = [
