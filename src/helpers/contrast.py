@@ -167,7 +167,8 @@ def pair(
             logger.info("slide %s: %d of %d spots have no tile", slide, n, adata.n_obs)
         table = pd.DataFrame({"slide": slide}, index=index.index)
         table["donor"], table["group"] = (_only(adata, key, slide) for key in ("donor", "group"))
-        table["label"] = adata.obs["label"].astype(object).reindex(index.index)
+        labels = adata.obs["label"] if "label" in adata.obs else pd.Series(index=adata.obs_names)
+        table["label"] = labels.astype(object).reindex(index.index)
         view = np.empty((len(index), 0), np.float32)
         if panel is not None:
             view = genes.select(adata, panel).loc[index.index].to_numpy(np.float32)
