@@ -638,7 +638,7 @@ def test_damaged_weights_in_the_package_are_refused(damage, tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_another_efficientnet_is_refused() -> None:
-    with pytest.raises(DataError, match=r"_blocks\.16\._bn1\.weight, which Eff"):
+    with pytest.raises(DataError, match="do not have the shapes of EfficientNet-Lite0"):
         towers.convert_efficientnet({"_blocks.16._bn1.weight": torch.ones(1)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from open_clip import SimpleTokenizer
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor, nn
 
@@ -346,8 +347,6 @@ def captions(array: np.ndarray, spots: pd.DataFrame) -> pd.Series:
 
 def with_captions(pairs: Pairs, context: int = 32) -> Pairs:
     """Give pairs their captions as second view: open_clip's tokens, int64 ``(n, context)``."""
-    from open_clip import SimpleTokenizer
-
     said = captions(pairs.tiles, pairs.spots)
     tokens = SimpleTokenizer(context_length=context)(said.tolist()).numpy()
     return replace(pairs, other=tokens, spots=pairs.spots.assign(caption=said), panel=None)
@@ -560,8 +559,7 @@ def embed_pairs(
     precision = choose_precision(precision, device)
     model, training = model.to(device).eval(), model.training
     try:
-        image = embed_rows(model, embed_tiles, pairs.tiles, precision)
-        other = embed_rows(model, TwoTowers.embed_other, pairs.other, precision)
+        image, other = embed_rows(model, pairs.tiles, pairs.other, precision)
     finally:
         model.train(training)
     return image.cpu().numpy(), other.cpu().numpy()
@@ -569,25 +567,25 @@ def embed_pairs(
 
 @torch.no_grad()
 def embed_rows(
-    model: TwoTowers,
-    function: Callable[[TwoTowers, Tensor], Tensor],
-    rows: np.ndarray,
-    precision: str,
-) -> Tensor:
-    """Apply a function to a model and its rows, some at a time; return float32 ``(n, dim)``."""
+    model: TwoTowers, images: np.ndarray, other: np.ndarray, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Return the unit vectors of both views, float32 ``(n, dim)``; the model's mode counts.
+
+    `images` are uint8 tiles, or features that the image tower gave for them.
+    """
     device, parts = model.log_scale.device, []
-    for first in range(0, len(rows), 128):  # more at once are slower on a CPU
-        some = torch.from_numpy(np.array(rows[first : first + 128])).to(device)
+    for first in range(0, len(images), 128):  # more at once are slower on a CPU
+        some, rows = (
+            torch.from_numpy(np.array(view[first : first + 128])).to(device)
+            for view in (images, other)
+        )
         with autocast(device, precision):
-            parts.append(function(model, some).float())
-    return torch.cat(parts)
-
-
-def embed_tiles(model: TwoTowers, images: Tensor) -> Tensor:
-    """Turn uint8 tiles, or features that the image tower gave for them, into unit vectors."""
-    if images.dtype == torch.uint8:
-        return model.embed_images(towers.as_pixels(images, images.device))
-    return model.project(images)
+            if some.dtype == torch.uint8:
+                image = model.embed_images(towers.as_pixels(some, device))
+            else:
+                image = model.project(some)
+            parts.append((image, model.embed_other(rows)))
+    return tuple(torch.cat(view) for view in zip(*parts, strict=True))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -54,6 +54,12 @@ class DataError(ValueError):
         message = f"{where}: {what}" if where else what
         super().__init__(f"{message}. Fix: {fix}." if fix else f"{message}.")
         self.slide, self.file = slide, file
+
+
+def listed(names: Iterable[object]) -> str:
+    """Join the first five names with commas, for a message."""
+    names = list(map(str, names))
+    return ", ".join(names[:5] + ["..."] * (len(names) > 5))
 
 
 def progress(*args: object, disable: bool = False, **options: object) -> tqdm:

@@ -11,18 +11,20 @@ its genes from a slide, by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from helpers.files import DataError
+from helpers.files import DataError, listed
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    Slides = Mapping[str, AnnData] | Iterable[AnnData]
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +202,7 @@ class Panel:
             raise DataError(f"panel {self.name!r} has no genes", fix="name at least one gene")
         genes = pd.Index(self.genes)
         if genes.has_duplicates:
-            twice = _some(genes[genes.duplicated()].unique())
+            twice = listed(genes[genes.duplicated()].unique())
             what = f"panel {self.name!r} has duplicate genes: {twice}"
             raise DataError(what, fix="name each gene once")
 
@@ -225,7 +227,7 @@ def check_held_out(panel: Panel, slides: Iterable[str]) -> None:
     seen = sorted(set(panel.slides) & set(slides))
     if seen:
         raise DataError(
-            f"panel {panel.name!r} was chosen with held-out slides: {_some(seen)}",
+            f"panel {panel.name!r} was chosen with held-out slides: {listed(seen)}",
             fix="choose the panel on the training slides alone",
         )
 
@@ -249,27 +251,17 @@ def hvg(adata: AnnData, n: int = 128) -> Panel:
     Panel
         Best gene first.
     """
-    import scanpy as sc
-
     slide = _name(adata)
-    expressed = _expressed(raw_counts(adata), adata.var_names, [slide] * adata.n_obs)
-    _enough(n, expressed.n_vars, (slide,))
-    table = sc.experimental.pp.highly_variable_genes(expressed, n_top_genes=n, inplace=False)
-    ranks = table.loc[table["highly_variable"], "highly_variable_rank"].sort_values(kind="stable")
-    seen = _seen({slide: adata})
-    return Panel(f"hvg-{n} {slide}", tuple(ranks.index), "Pearson residuals, one slide", seen)
+    found = shared_hvg({slide: adata}, n)
+    return replace(found, name=f"hvg-{n} {slide}", method="Pearson residuals, one slide")
 
 
-def overlap_hvg(
-    adatas: Mapping[str, AnnData] | Iterable[AnnData],
-    n: int = 100,
-    target_sum: float | None = None,
-) -> Panel:
+def overlap_hvg(adatas: Slides, n: int = 100) -> Panel:
     """Highly variable genes shared by several slides, the paper's way.
 
     Keep the genes that every slide measured, put all spots together, scale every spot to the same
-    sum over these genes, log1p, and take the `n` genes of highest normalised dispersion (flavour
-    ``seurat``, Satija et al. 2015, doi:10.1038/nbt.3192).
+    sum over these genes (the median over all spots), log1p, and take the `n` genes of highest
+    normalised dispersion (flavour ``seurat``, Satija et al. 2015, doi:10.1038/nbt.3192).
     All spots are pooled, whichever slide they come from; compare `overlap_hvg_batch`.
 
     Parameters
@@ -278,8 +270,6 @@ def overlap_hvg(
         At least two slides with raw counts.
     n
         Number of genes.
-    target_sum
-        Counts per spot after scaling; the median over all spots when None, as in the paper.
 
     Returns
     -------
@@ -291,14 +281,10 @@ def overlap_hvg(
     DataError
         When the slides share no gene, or fewer than `n` genes with counts.
     """
-    return _overlap(adatas, n, target_sum, batch=False)
+    return _overlap(adatas, n, batch=False)
 
 
-def overlap_hvg_batch(
-    adatas: Mapping[str, AnnData] | Iterable[AnnData],
-    n: int = 100,
-    target_sum: float | None = None,
-) -> Panel:
+def overlap_hvg_batch(adatas: Slides, n: int = 100) -> Panel:
     """Highly variable genes shared by several slides, chosen within each slide.
 
     As `overlap_hvg`, but dispersions are computed slide by slide, and genes are ranked by the
@@ -306,10 +292,10 @@ def overlap_hvg_batch(
     (scanpy's ``batch_key``). Differences between slides no longer count as variation, so its genes
     differ from those of the paper's way.
     """
-    return _overlap(adatas, n, target_sum, batch=True)
+    return _overlap(adatas, n, batch=True)
 
 
-def shared_hvg(adatas: Mapping[str, AnnData] | Iterable[AnnData], n: int = 256) -> Panel:
+def shared_hvg(adatas: Slides, n: int = 256) -> Panel:
     """Highly variable genes shared by several slides, by Pearson residuals within each slide.
 
     The genes that every slide measured are ranked slide by slide as `hvg` ranks them. The `n` that
@@ -347,17 +333,12 @@ def shared_hvg(adatas: Mapping[str, AnnData] | Iterable[AnnData], n: int = 256) 
     return Panel(f"shared-hvg-{n}", tuple(table.index), method, _seen(slides))
 
 
-def _overlap(
-    adatas: Mapping[str, AnnData] | Iterable[AnnData],
-    n: int,
-    target_sum: float | None,
-    batch: bool,
-) -> Panel:
+def _overlap(adatas: Slides, n: int, batch: bool) -> Panel:
     import scanpy as sc
 
     slides = _named(adatas)
     pooled = _pooled(slides, n)
-    sc.pp.normalize_total(pooled, target_sum=target_sum)
+    sc.pp.normalize_total(pooled)
     sc.pp.log1p(pooled)
     table = sc.pp.highly_variable_genes(
         pooled, n_top_genes=n, batch_key="slide" if batch else None, inplace=False
@@ -372,18 +353,24 @@ def _overlap(
 
 
 def _pooled(slides: Mapping[str, AnnData], n: int) -> AnnData:
-    """All spots of the slides by the genes they share, raw counts, at least `n` of them seen."""
+    """Raw counts of all spots and shared genes that have any; refuse fewer than `n` genes."""
+    from anndata import AnnData
+
     genes = shared_genes(slides)
-    _enough(n, len(genes), slides)
     X = sparse.vstack(
         [raw_counts(a)[:, a.var_names.get_indexer(genes)] for a in slides.values()], "csr"
     )
-    pooled = _expressed(X, genes, np.repeat(list(slides), [a.n_obs for a in slides.values()]))
-    _enough(n, pooled.n_vars, slides)
-    return pooled
+    rows = np.flatnonzero(np.asarray(X.sum(axis=1)).ravel())
+    columns = np.flatnonzero(np.asarray(X.sum(axis=0)).ravel())
+    if not 0 < n <= len(columns):
+        what = f"{n} genes asked for, {len(columns)} with counts on slides: {listed(slides)}"
+        raise DataError(what, fix=f"ask for 1 to {len(columns)} genes")
+    origin = np.repeat(list(slides), [a.n_obs for a in slides.values()])[rows]
+    obs = pd.DataFrame({"slide": pd.Categorical(origin)}, rows.astype(str))
+    return AnnData(X[rows][:, columns], obs=obs, var=pd.DataFrame(index=genes[columns]))
 
 
-def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
+def shared_genes(adatas: Slides) -> pd.Index:
     """Genes that all slides measured, in the order of the first slide.
 
     Raises
@@ -397,7 +384,7 @@ def shared_genes(adatas: Mapping[str, AnnData] | Iterable[AnnData]) -> pd.Index:
     for other in others:
         genes = genes[genes.isin(other.var_names)]
         if not len(genes):
-            what = f"it shares no gene with the slides before it ({_some(slides)})"
+            what = f"it shares no gene with the slides before it ({listed(slides)})"
             fix = "compare slides of one species, with genes named the same way"
             raise DataError(what, slide=_name(other), fix=fix)
     return genes
@@ -430,24 +417,12 @@ def select(adata: AnnData, panel: Panel) -> pd.DataFrame:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(panel.genes)} genes of panel {panel.name!r} were not measured:"
-            f" {_some(missing)}",
+            f" {listed(missing)}",
             slide=_name(adata),
             fix="choose the panel among genes that all slides share",
         )
     values = sparse.csr_matrix(adata.X)[:, column].toarray().astype(np.float32, copy=False)
     return pd.DataFrame(values, index=adata.obs_names, columns=list(panel.genes))
-
-
-def _expressed(X: sparse.csr_matrix, genes: pd.Index, origin: Sequence[str]) -> AnnData:
-    """AnnData of the spots and genes with a count, maybe sharing `X`; `origin`: slide by spot."""
-    from anndata import AnnData
-
-    rows = np.flatnonzero(np.asarray(X.sum(axis=1)).ravel())
-    columns = np.flatnonzero(np.asarray(X.sum(axis=0)).ravel())
-    X = X[rows] if len(rows) < X.shape[0] else X
-    X = X[:, columns] if len(columns) < X.shape[1] else X
-    obs = pd.DataFrame({"slide": pd.Categorical(np.asarray(origin)[rows])}, rows.astype(str))
-    return AnnData(X, obs=obs, var=pd.DataFrame(index=genes[columns]))
 
 
 def _name(adata: AnnData) -> str:
@@ -465,11 +440,11 @@ def _seen(slides: Mapping[str, AnnData]) -> tuple[str, ...]:
 def _unique_symbols(adata: AnnData) -> None:
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].unique()
-        what = f"duplicate gene symbols: {_some(twice)}"
+        what = f"duplicate gene symbols: {listed(twice)}"
         raise DataError(what, slide=_name(adata), fix="add up the columns of one symbol")
 
 
-def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2) -> dict[str, AnnData]:
+def _named(adatas: Slides, least: int = 2) -> dict[str, AnnData]:
     """Slides by name, not fewer than `least`."""
     if isinstance(adatas, Mapping):
         slides = dict(adatas)
@@ -483,14 +458,3 @@ def _named(adatas: Mapping[str, AnnData] | Iterable[AnnData], least: int = 2) ->
         what = f"{len(slides)} slides given, at least {least} needed"
         raise DataError(what, fix="give all slides to be compared")
     return slides
-
-
-def _enough(n: int, available: int, slides: Iterable[str]) -> None:
-    if not 0 < n <= available:
-        what = f"{n} genes asked for, {available} with counts on slides: {_some(slides)}"
-        raise DataError(what, fix=f"ask for 1 to {available} genes")
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

@@ -67,9 +67,7 @@ def handles(palette: dict[str, tuple]) -> list:
     ]
 
 
-def scale_bar(
-    ax: Axes, um_per_px: float, *, length_um: float | None = None, colour: str = "black"
-) -> None:
+def scale_bar(ax: Axes, um_per_px: float, *, length_um: float | None = None) -> None:
     """Draw a scale bar, of a round length unless one is given.
 
     Parameters
@@ -80,8 +78,6 @@ def scale_bar(
         um per px of the image as shown.
     length_um
         Length of the bar in um; chosen to fit when not given.
-    colour
-        Of the bar and its text.
     """
     ax.add_artist(
         ScaleBar(
@@ -91,35 +87,30 @@ def scale_bar(
             fixed_value=length_um,
             fixed_units="um" if length_um else None,
             location="lower right",
-            color=colour,
+            color="black",
             box_alpha=0.6,
             font_properties={"size": "small"},
         )
     )
 
 
-def tissue(
-    adata: ad.AnnData, slide: str | None = None, *, ax: Axes | None = None, alpha: float = 1.0
-) -> Axes:
+def tissue(adata: ad.AnnData, *, ax: Axes | None = None, alpha: float = 1.0) -> Axes:
     """Draw the image of a slide, with a scale bar; axes in px of the full image.
 
     Parameters
     ----------
     adata
         As `helpers.slides` loads it, with its image.
-    slide
-        Its name; needed only when `adata` holds several slides.
     ax
         Where to draw; new axes when not given.
     alpha
         Below 1 the image is pale, so that what is drawn over it stands out.
     """
-    slide = slide or next(iter(adata.uns["spatial"]))
-    known = adata.uns["spatial"][slide]
+    (known,) = adata.uns["spatial"].values()
     ax = ax or plt.subplots(figsize=(4.5, 4.5))[1]
     width, height = known["metadata"]["width_px"], known["metadata"]["height_px"]
     ax.imshow(known["images"]["hires"], extent=(0, width, height, 0), alpha=alpha)
-    scale_bar(ax, slides.um_per_px(adata, slide))
+    scale_bar(ax, slides.um_per_px(adata))
     return _bare(ax)
 
 
@@ -128,14 +119,11 @@ def spots(
     values: str | np.ndarray | pd.Series,
     *,
     ax: Axes | None = None,
-    cmap: str = "viridis",
-    alpha: float = 1.0,
-    image: bool = True,
     legend: bool = True,
     label: str | None = None,
     zoom: bool = False,
 ) -> Axes:
-    """Draw the spots of one slide at their true size, coloured by a label or a number.
+    """Draw the spots of one slide over its image, at their true size, coloured by their values.
 
     Parameters
     ----------
@@ -144,10 +132,8 @@ def spots(
     values
         A column of ``obs``, a gene, or one value per spot. Categories get one colour each, in
         their order; spots without one are grey.
-    ax, cmap, alpha
-        Where and how to draw.
-    image
-        Draw the tissue below.
+    ax
+        Where to draw; new axes when not given.
     legend, label
         Name the categories, or draw a colour bar with this label.
     zoom
@@ -155,7 +141,7 @@ def spots(
     """
     if isinstance(values, str):
         values = adata.obs[values] if values in adata.obs else adata.obs_vector(values)
-    ax = tissue(adata, ax=ax, alpha=0.6) if image else ax or plt.subplots(figsize=(4.5, 4.5))[1]
+    ax = tissue(adata, ax=ax, alpha=0.6)
     radius = slides.spot_side_px(adata) / 2
     if isinstance(getattr(values, "dtype", None), pd.CategoricalDtype):
         palette = label_colours(values)
@@ -166,23 +152,18 @@ def spots(
             )
     else:
         values = np.asarray(values, dtype=float)
-        scale = plt.cm.ScalarMappable(plt.Normalize(np.nanmin(values), np.nanmax(values)), cmap)
+        ends = plt.Normalize(np.nanmin(values), np.nanmax(values))
+        scale = plt.cm.ScalarMappable(ends, "viridis")
         face = scale.to_rgba(values)
         if legend:
             ax.figure.colorbar(scale, ax=ax, shrink=0.7, label=label)
-    look = {"edgecolor": "white", "linewidth": 0.4, "alpha": alpha}  # the edge sets spots apart
+    look = {"edgecolor": "white", "linewidth": 0.4, "alpha": 1.0}  # the edge sets spots apart
     for (x, y), colour in zip(adata.obsm["spatial"], face, strict=True):
         ax.add_patch(Circle((x, y), radius, facecolor=colour, **look))
     if zoom:
         (left, top), (right, bottom) = adata.obsm["spatial"].min(0), adata.obsm["spatial"].max(0)
         ax.set(xlim=(left - 4 * radius, right + 4 * radius))
         ax.set(ylim=(bottom + 4 * radius, top - 4 * radius))
-    if not image:
-        ax.set_aspect("equal")
-        ax.autoscale_view()
-        ax.invert_yaxis()
-        scale_bar(ax, slides.um_per_px(adata))
-        ax.set(xticks=[], yticks=[])
     return ax
 
 

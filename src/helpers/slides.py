@@ -10,10 +10,11 @@ same layout, so that every later chapter takes a reader's own slide as it takes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,11 +154,8 @@ def _read_coordinates(path: Path, slide: str) -> pd.DataFrame:
 
 def _read_table(path: Path, slide: str, columns: list[str]) -> pd.DataFrame:
     """Read these columns of a table, as text; the first column of the file is the spot id."""
-    try:
+    with _reading(path, slide, "a table", fix="fetch the file again"):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' own errors and wrong encodings are ValueErrors
-        fix = "fetch the file again"
-        raise DataError(f"not a table ({error})", slide=slide, file=path, fix=fix) from error
     if missing := sorted(set(columns) - set(table.columns)):
         what = f"the columns {missing} are missing; there are {list(table.columns[:5])}"
         fix = "use the official file: comma separated, the spot id first"
@@ -222,17 +220,16 @@ def read_space_ranger(
     folder = Path(folder)
     slide = slide or folder.resolve().name
     matrix = folder / "filtered_feature_bc_matrix.h5"
-    _check_file(matrix, slide)
     if image_file is not None and not Path(image_file).is_file():
         fix = "give the file that Space Ranger was given as --image, which it does not copy"
         raise DataError("the image is missing", slide=slide, file=Path(image_file), fix=fix)
-    factors = _read_scale_factors(folder / "spatial" / "scalefactors_json.json", slide)
-    try:
-        with warnings.catch_warnings():  # repeated symbols are added up below
-            warnings.filterwarnings("ignore", "Variable names are not unique")
-            adata = sc.read_10x_h5(matrix)
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise DataError(f"not a 10x count matrix ({error})", slide=slide, file=matrix) from error
+    scales = folder / "spatial" / "scalefactors_json.json"
+    with _reading(scales, slide, "Space Ranger's scale factors", fix="copy the file again"):
+        factors = json.loads(scales.read_text())
+        factor = float(factors["tissue_hires_scalef"])  # px of the small image per px of the full
+    with _reading(matrix, slide, "a 10x count matrix"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # added up below
+        adata = sc.read_10x_h5(matrix)
     adata = _unique_symbols(adata, slide, matrix)
     positions = _read_positions(folder / "spatial", slide)
     positions = positions[positions["in_tissue"] == 1]
@@ -240,13 +237,13 @@ def read_space_ranger(
     shared = _shared_ids(positions.index, adata.obs_names, slide, matrix)
     adata, positions = adata[shared].copy(), positions.loc[shared]
 
-    factor = 1.0  # px of the image per px of the full image
     if image_file is None:
         image_file = folder / "spatial" / "tissue_hires_image.png"
-        factor = factors["tissue_hires_scalef"]
         logger.warning(
             "slide %s: no full image given; tiles will be as coarse as its thumbnail", slide
         )
+    else:
+        factor = 1.0  # coordinates count px of the full image
     places = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
     adata.obsm["spatial"] = factor * positions[places].to_numpy(float)
     adata.obs[["array_x", "array_y"]] = positions[["array_col", "array_row"]].to_numpy(int)
@@ -293,11 +290,8 @@ def read_h5ad(
     """
     path = Path(path)
     slide = slide or path.stem
-    _check_file(path, slide)
-    try:
+    with _reading(path, slide, "an h5ad file"):
         adata = ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"not an h5ad file ({error})", slide=slide, file=path) from error
     if symbols is not None:
         if symbols not in adata.var:
             fix = f"one of {list(adata.var)}"
@@ -332,7 +326,6 @@ def _own(
     if adata.n_obs == 0:
         raise DataError("the slide is empty: it has no spots", slide=slide, file=file)
     _check_unique_ids(adata.obs_names, slide, file)
-    _check_file(Path(image_file), slide)
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     if adata.var_names.str.fullmatch(ENSEMBL).mean() > 0.5:
         logger.warning(
@@ -355,30 +348,15 @@ def _unique_symbols(adata: ad.AnnData, slide: str, file: Path) -> ad.AnnData:
     return ad.AnnData(X, obs=adata.obs, var=pd.DataFrame(index=symbols), obsm=dict(adata.obsm))
 
 
-def _read_scale_factors(path: Path, slide: str) -> dict[str, float]:
-    """Read Space Ranger's scale factors."""
-    _check_file(path, slide)
-    try:
-        factors = json.loads(path.read_text())
-        factors["tissue_hires_scalef"] = float(factors["tissue_hires_scalef"])
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"not Space Ranger's scale factors ({error})"
-        raise DataError(what, slide=slide, file=path, fix="copy the file again") from error
-    return factors
-
-
 def _read_positions(folder: Path, slide: str) -> pd.DataFrame:
     """Read spot positions, as any version of Space Ranger writes them, indexed by barcode."""
     names = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
     path = next((folder / name for name in names if (folder / name).is_file()), folder / names[1])
-    _check_file(path, slide)
-    try:
+    with _reading(path, slide, "a table of positions"):
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
         if "barcode" not in table:  # version 1 wrote no header
             table = pd.read_csv(path, header=None, names=["barcode", *POSITIONS])
         table = table.set_index("barcode")[POSITIONS].astype(float)
-    except (ValueError, KeyError, OSError) as error:  # pyarrow's and pandas' errors are ValueErrors
-        raise DataError(f"not a table of positions ({error})", slide=slide, file=path) from error
     if (bad := table.isna().any(axis=1)).any():
         what = f"a position is missing for barcode {bad.idxmax()}"
         raise DataError(what, slide=slide, file=path, fix="copy the file again")
@@ -479,26 +457,27 @@ def _check_spot_table(table: pd.DataFrame) -> None:
 # --------------------------------------------------------------------------- scale and image
 
 
-def um_per_px(adata: ad.AnnData, slide: str | None = None) -> float:
+def um_per_px(adata: ad.AnnData) -> float:
     """Return how many microns one px of the full image spans."""
-    return float(_spatial(adata, slide)["um_per_px"])
+    return float(_spatial(adata)["um_per_px"])
 
 
-def image_path(adata: ad.AnnData, slide: str | None = None) -> Path:
+def image_path(adata: ad.AnnData) -> Path:
     """Return the path of the full image."""
-    return Path(_spatial(adata, slide)["metadata"]["image_path"])
+    return Path(_spatial(adata)["metadata"]["image_path"])
 
 
-def spot_side_px(adata: ad.AnnData, slide: str | None = None) -> float:
+def spot_side_px(adata: ad.AnnData) -> float:
     """Return the diameter of a spot in px of the full image: the side of the paper's sub-tile."""
-    return float(_spatial(adata, slide)["scalefactors"]["spot_diameter_fullres"])
+    return float(_spatial(adata)["scalefactors"]["spot_diameter_fullres"])
 
 
-def _spatial(adata: ad.AnnData, slide: str | None) -> dict:
+def _spatial(adata: ad.AnnData) -> dict:
     known = adata.uns["spatial"]
-    if slide is None and len(known) > 1:
-        raise DataError(f"this AnnData holds {len(known)} slides", fix=f"name one of {list(known)}")
-    return known[slide or next(iter(known))]
+    if len(known) > 1:
+        what = f"this AnnData holds {len(known)} slides"
+        raise DataError(what, fix=f"give one slide at a time, of {list(known)}")
+    return next(iter(known.values()))
 
 
 def estimate_um_per_px(
@@ -624,8 +603,8 @@ def check_spots(adata: ad.AnnData, slide: str | None = None) -> None:
         x and y swapped.
     """
     slide = slide or next(iter(adata.uns["spatial"]))
-    known, where = _spatial(adata, slide), {"slide": slide, "file": image_path(adata, slide)}
-    xy = adata.obsm["spatial"]
+    known, xy = adata.uns["spatial"][slide], adata.obsm["spatial"]
+    where = {"slide": slide, "file": Path(known["metadata"]["image_path"])}
     size = known["metadata"]["width_px"], known["metadata"]["height_px"]
     outside = ((xy < 0) | (xy >= size)).any(axis=1)
     if outside.any():
@@ -661,9 +640,15 @@ def _share_on(mask: np.ndarray, xy: np.ndarray) -> float:
     return float(mask[y[inside], x[inside]].sum() / len(xy))
 
 
-def _check_file(path: Path, slide: str) -> None:
+@contextlib.contextmanager
+def _reading(path: Path, slide: str, kind: str, fix: str | None = None) -> Iterator[None]:
+    """Refuse a file that is missing, or whose content is not of the kind that it should be."""
     if not path.is_file():
         raise DataError("the file is missing", slide=slide, file=path, fix="check the folder")
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError) as error:  # as pandas', pyarrow's, h5py's
+        raise DataError(f"not {kind} ({error})", slide=slide, file=path, fix=fix) from error
 
 
 def _check_unique_ids(ids: pd.Index, slide: str, file: Path) -> None:

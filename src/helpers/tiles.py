@@ -202,20 +202,8 @@ def tissue_fraction(
     """
     # The mean of logarithms is the logarithm of the product, so no px needs a logarithm.
     limit = np.prod(np.asarray(background, float)) * 10 ** (-3 * TISSUE_OD)
-    return _tissue(array, int(np.ceil(limit)))
-
-
-@numba.njit(nogil=True, cache=True)
-def _tissue(array, limit):
-    share = np.empty(array.shape[0])
-    n_px = array.shape[1] * array.shape[2]
-    for i in range(array.shape[0]):
-        count = np.int32(0)
-        for px in array[i].reshape(n_px, 3):
-            product = np.int32(px[0]) * np.int32(px[1]) * np.int32(px[2])
-            count += np.int32(product < np.int32(limit))
-        share[i] = count / max(n_px, 1)
-    return share
+    red, green, blue = np.moveaxis(array.astype(np.int32), 3, 0)
+    return (red * green * blue < limit).mean(axis=(1, 2))
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
@@ -477,8 +465,7 @@ def _window(
         window[:] = block[np.ix_(rows - top, columns - left)]
         return window
     left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if left < right and top < bottom:
-        window[top - y0 : bottom - y0, left - x0 : right - x0] = pixels(top, bottom, left, right)
+    window[top - y0 : bottom - y0, left - x0 : right - x0] = pixels(top, bottom, left, right)
     return window
 
 

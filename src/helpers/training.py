@@ -106,16 +106,18 @@ class Run:
     ) -> None:
         """Train until the last epoch, or until validation no longer improves."""
         settings, saved = self.settings, time.monotonic()
-        if self.epoch == 0:
+        patience = settings.patience or math.inf
+        if self.epoch == 0 and self.validation is not None:
             self._validate()
         total, done = settings.epochs * self.steps, self.epoch * self.steps
         show = {"desc": "training", "unit": "step", "disable": self.rank > 0}
         with progress(total=total, initial=done, **show) as bar:
-            while self.epoch < settings.epochs and not self._stale():
+            while self.epoch < settings.epochs and self.epoch - self.best_epoch < patience:
                 self.epoch += 1
-                self._one_epoch(bar)
-                self._validate()
-                bar.set_postfix_str(self._summary())
+                summary = f"epoch {self.epoch}/{settings.epochs}, loss {self._one_epoch(bar):.3f}"
+                if self.validation is not None:
+                    summary += f", recall@{KS[-1]} {self._validate():.3f}"
+                bar.set_postfix_str(summary)
                 due = time.monotonic() - saved > SAVE_SECONDS
                 if folder is not None and self.rank == 0 and due:
                     self.save(folder / "checkpoint.pt", key)
@@ -123,14 +125,10 @@ class Run:
                 if on_epoch is not None:
                     on_epoch(self.history())
 
-    def _stale(self) -> bool:
-        """Whether validation has not improved for as many epochs as `patience` allows."""
-        patience = self.settings.patience
-        return patience is not None and self.epoch - self.best_epoch >= patience
-
     # --- one epoch
 
-    def _one_epoch(self, bar: tqdm) -> None:
+    def _one_epoch(self, bar: tqdm) -> float:
+        """Take the steps of an epoch; return their mean loss."""
         begin, losses = time.perf_counter(), []
         self.model.train()
         for module in self.model.modules():  # frozen parts stay in eval mode
@@ -152,12 +150,13 @@ class Run:
                 f"NaN or infinite loss: epoch {self.epoch}, step {step} of {self.steps}",
                 fix="lower lr, lengthen warmup, keep max_scale, and look for outliers in the data",
             )
-        seconds = time.perf_counter() - begin
-        self._note("train", "loss", float(losses.mean()))
+        seconds, loss = time.perf_counter() - begin, float(losses.mean())
+        self._note("train", "loss", loss)
         self._note("train", "temperature", 1 / float(self.model.scale.detach()))
         self._note("train", "learning rate", rate)
         self._note("train", "seconds", seconds)
         self._note("train", "tiles per second", sum(map(len, batches)) / seconds)
+        return loss
 
     def _load(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Load this process's share of a batch: tiles, second view, numbers for `augment`."""
@@ -212,14 +211,13 @@ class Run:
         return loss.detach()
 
     def _embed_images(self, images: Tensor, numbers: Tensor) -> Tensor:
-        settings = self.settings
+        settings, embed = self.settings, self.model.project
         if images.dtype == torch.uint8:  # else they are features already
             pixels = towers.as_pixels(images, self.device)
-            pixels = contrast.augment(pixels, numbers, settings.augment, settings.crop)
+            images = contrast.augment(pixels, numbers, settings.augment, settings.crop)
+            embed = self.model.embed_images
         with autocast(self.device, settings.precision):
-            if images.dtype == torch.uint8:
-                return self.model.embed_images(pixels)
-            return self.model.project(images)
+            return embed(images)
 
     def _loss(self, first: Tensor, second: Tensor) -> Tensor:
         if self.world == 1:
@@ -238,20 +236,20 @@ class Run:
 
     # --- what is measured
 
-    def _validate(self) -> None:
-        """Measure loss and recall in validation; keep the weights if they are the best so far."""
-        if self.validation is None:
-            return
+    def _validate(self) -> float:
+        """Measure loss and recall in validation; keep the weights if they are the best so far.
+
+        Returns the mean recall@10 of both directions.
+        """
         start = len(self.rows)
         if self.rank == 0:
             self._measure()
         self.rows[start:] = share(self.rows[start:])
-        if self.epoch == 0 or self.settings.keep == "last":
-            return
-        value = self._recall_at_10()
-        if value > self.best_value:
+        value = float(np.mean([r["value"] for r in self.rows[start:] if r["k"] == KS[-1]]))
+        if self.epoch > 0 and self.settings.keep == "best" and value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
             self.best = copy.deepcopy(self.model.state_dict())
+        return value
 
     def _measure(self) -> None:
         """Note loss and recall in validation.
@@ -259,8 +257,8 @@ class Run:
         The loss depends on the size of a batch, so it is averaged over batches as in training.
         """
         model, precision = self.model.eval(), self.settings.precision
-        image = contrast.embed_rows(model, contrast.embed_tiles, self.validation_images, precision)
-        other = contrast.embed_rows(model, TwoTowers.embed_other, self.validation.other, precision)
+        views = self.validation_images, self.validation.other
+        image, other = contrast.embed_rows(model, *views, precision)
         mixed = replace(self.settings, same_slide=False)
         with torch.no_grad():
             losses = [
@@ -272,11 +270,6 @@ class Run:
             of = {name: row[name] for name in ("direction", "k", "chance")}
             self._note("validation", "recall", row["recall"], **of)
 
-    def _recall_at_10(self) -> float:
-        """Mean recall@10 of both directions in this epoch's validation."""
-        now = (r for r in self.rows if r["epoch"] == self.epoch and r["measure"] == "recall")
-        return float(np.mean([r["value"] for r in now if r["k"] == KS[-1]]))
-
     def _note(self, split: str, measure: str, value: float, **of: object) -> None:
         of = {"direction": "", "k": None, "chance": None, **of}
         row = {"epoch": self.epoch, "split": split, "measure": measure, **of, "value": value}
@@ -285,12 +278,6 @@ class Run:
     def history(self) -> pd.DataFrame:
         """Return what was measured so far; see `Fitted`."""
         return pd.DataFrame(self.rows).astype({"k": float, "chance": float})
-
-    def _summary(self) -> str:
-        now = [r for r in self.rows if r["epoch"] == self.epoch]
-        loss = next(r["value"] for r in now if r["measure"] == "loss")
-        score = "" if self.validation is None else f", recall@{KS[-1]} {self._recall_at_10():.3f}"
-        return f"epoch {self.epoch}/{self.settings.epochs}, loss {loss:.3f}{score}"
 
     # --- the end, and checkpoints on the way
 
@@ -509,7 +496,10 @@ def fit(
     if rank > 0:
         on_epoch = None
     if folder is not None and share((folder / "model.safetensors").exists()):
-        return _read(folder, model, device, on_epoch)
+        fitted = _read(folder, model, device)
+        if on_epoch is not None:
+            on_epoch(fitted.history)
+        return fitted
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _memory_errors(settings, device):
         run = Run(model, train, validation, settings, device)
@@ -604,12 +594,7 @@ def _write(fitted: Fitted, settings: Settings, data: list[Pairs]) -> None:
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def _read(
-    folder: Path,
-    model: TwoTowers,
-    device: torch.device,
-    on_epoch: Callable[[pd.DataFrame], None] | None,
-) -> Fitted:
+def _read(folder: Path, model: TwoTowers, device: torch.device) -> Fitted:
     """Read a finished training from its folder."""
     path, fix = folder / "model.safetensors", f"delete the folder {folder} to train again"
     try:
@@ -628,8 +613,6 @@ def _read(
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     logger.info("the trained model is read from %s", folder)
-    if on_epoch is not None:
-        on_epoch(history)
     return Fitted(model.to(device).eval(), history, best_epoch, folder)
 
 
