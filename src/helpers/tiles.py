@@ -202,8 +202,20 @@ def tissue_fraction(
     """
     # The mean of logarithms is the logarithm of the product, so no px needs a logarithm.
     limit = np.prod(np.asarray(background, float)) * 10 ** (-3 * TISSUE_OD)
-    red, green, blue = np.moveaxis(array.astype(np.int32), 3, 0)
-    return (red * green * blue < limit).mean(axis=(1, 2))
+    return _tissue(array, int(np.ceil(limit)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _tissue(array, limit):
+    share = np.empty(array.shape[0])
+    n_px = array.shape[1] * array.shape[2]
+    for i in range(array.shape[0]):
+        count = np.int32(0)
+        for px in array[i].reshape(n_px, 3):
+            product = np.int32(px[0]) * np.int32(px[1]) * np.int32(px[2])
+            count += np.int32(product < np.int32(limit))
+        share[i] = count / max(n_px, 1)
+    return share
 
 
 @numba.njit(nogil=True, cache=True, fastmath=True)
