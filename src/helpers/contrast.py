@@ -446,6 +446,13 @@ class Settings:
 BOOK = Settings()
 """Settings of this book."""
 
+FINE_TUNING = replace(BOOK, epochs=10, train_blocks=2)
+"""For a tower that was trained before: its last two blocks alone, and fewer epochs.
+
+A fifth of this rate changed next to nothing on an animal that training had not seen
+(``results/finetune.json``, question *how to tune*).
+"""
+
 CAPTION_SETTINGS = replace(BOOK, epochs=6, augment=0.1, keep="last")
 """Settings for captions: under a minute on two cores.
 
@@ -469,6 +476,21 @@ PAPER = Settings(
     keep="last",
 )
 """Settings of Chen et al. 2024, who set no seed."""
+
+
+def settings_for(tower: str, seed: int = 0) -> Settings:
+    """Return the settings of chapter 7 for a tower; without a validation donor, all its epochs.
+
+    Parameters
+    ----------
+    tower
+        A name that `helpers.towers.card` takes. A tower of random weights is trained whole
+        (`BOOK`), any other as `FINE_TUNING` says.
+    seed
+        Of heads, order, augmentation and dropout.
+    """
+    chosen = BOOK if tower in towers.UNTRAINED else FINE_TUNING
+    return replace(chosen, keep="last", seed=seed)
 
 
 # --------------------------------------------------------------------------- model and loss
