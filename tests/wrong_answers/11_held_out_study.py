@@ -1,5 +1,7 @@
 share = spots["label"].value_counts(normalize=True)
 moved = toy * share_of
+mean_of = np.array([0.5, 0.9, 1.0])
+called_g = stats.norm.cdf((mean_of - 1) / 0.25)
 
 WRONG = {
     1: [
@@ -10,10 +12,11 @@ WRONG = {
         ((share, share**2), "two numbers"),
     ],
     2: [
-        (255 * (thin / 255) ** 2, "uint8, as tiles are"),
-        (thin // 2, "glass would turn grey"),
-        (thin * np.uint8(2), "double the density"),
-        (thin[0], "shape"),
+        ((0.023, 0.023, 0.023), "moves with the slide's mean"),
+        (tuple(1 - called_g), "the share called W"),
+        (tuple(stats.norm.sf(mean_of / 0.25)), "errors on Layer G"),
+        ((0.023, 0.1, 0.5), "At the mean"),
+        (0.345, "a tuple"),
     ],
     3: [
         (moved, "normalise"),
