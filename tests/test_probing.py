@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_spots import SCALES, SLIDES, shuffled, spots, telling
+from scipy.special import expit, logit
+from scipy.stats import t as student_t
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -24,6 +26,8 @@ from sklearn.svm import LinearSVC
 from helpers import metrics, probing
 from helpers.files import DataError
 from helpers.probing import (
+    FEWEST,
+    NEAR,
     PENALTIES,
     confusion,
     coordinates,
@@ -33,10 +37,11 @@ from helpers.probing import (
     majority,
     measure,
     predict,
+    scale_by_slide,
     score,
     spatial_neighbours,
 )
-from helpers.splits import Fold, Splits, ladder, left_out, random_spots
+from helpers.splits import Fold, Splits, inside, ladder, left_out, random_spots
 
 HERE = Path(__file__).parent
 quick = partial(logistic, alphas=(1.0, 0.01))
@@ -79,7 +84,7 @@ def test_a_split_that_tests_on_training_is_seen_by_shuffled_labels():
     table = shuffled(spots())
     splits = random_spots(table)
     every = np.arange(len(table))
-    leak = Splits("leak", splits.spots, (Fold("all", every, every),), splits.within)
+    leak = Splits("leak", splits.spots, (Fold("all", every, every),))
     assert found(predict(telling(table), leak, partial(spatial_neighbours, k=1))) == 1
 
 
@@ -96,7 +101,7 @@ def test_the_test_part_changes_nothing_in_what_is_fitted(monkeypatch):
     monkeypatch.setattr(probing, "LogisticRegression", Watched)
     table, x = spots(), telling(spots())
     splits = left_out(table)
-    only_c = Splits("C", splits.spots, splits.folds[2:], splits.within)
+    only_c = Splits("C", splits.spots, splits.folds[2:])
     test = only_c.folds[0].test
     honest = predict(x, only_c)
     first, fitted = fitted.copy(), []
@@ -121,7 +126,7 @@ def _recording(fitted: list):
 
 
 def test_the_penalty_is_chosen_inside_training_and_used():
-    """By hand: the best macro-F1 over the inner folds of left-out donors, then a fit with it."""
+    """By hand: macro-F1 over the inner folds of left-out donors, then a fit with the penalty."""
     table, x = spots(), telling(spots(), noise=1.5, d=60)
     splits = left_out(table)
     chosen = predict(x, splits)
@@ -138,10 +143,13 @@ def test_the_penalty_is_chosen_inside_training_and_used():
             inner[alpha] = f1_score(truth, said, average="macro")
         rows = chosen[chosen["fold"] == fold.name]
         setting = rows["setting"].iloc[0]
-        assert inner[setting] > max(inner.values()) - 0.01  # a cold start ends a little elsewhere
+        near = max(inner.values()) - NEAR
+        assert inner[setting] > near - 0.01  # a cold start ends a little elsewhere
+        stronger = [value for alpha, value in inner.items() if alpha > setting]
+        assert all(value < near + 0.01 for value in stronger)
         alone = predict(x, splits, partial(logistic, alphas=[setting]))
         alone = alone[alone["fold"] == fold.name]
-        assert np.abs(rows["confidence"] - alone["confidence"]).max() < 0.02
+        assert np.abs(rows["confidence"] - alone["confidence"]).max() < 0.1
 
 
 def test_a_predictor_is_never_shown_a_label_of_the_test_part():
@@ -159,20 +167,18 @@ def test_a_predictor_is_never_shown_a_label_of_the_test_part():
         assert n == 2 * 162
 
 
-def test_the_inner_split_holds_donors_together():
-    parts = []
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_penalty_is_judged_on_another_donor_whatever_the_split(rung, monkeypatch):
+    asked = []
 
-    def watch(known, x, where):
-        inner = known.within(known.spots)
-        parts.append((inner.name, len(inner.folds), set(known.spots["donor"])))
-        return majority(known, x, where)
+    def watched(spots):
+        inner = inside(spots)
+        asked.append(inner.name)
+        return inner
 
-    predict(telling(spots()), left_out(spots()), watch)
-    assert parts == [
-        ("left-out donor", 2, {"B", "C"}),
-        ("left-out donor", 2, {"A", "C"}),
-        ("left-out donor", 2, {"A", "B"}),
-    ]
+    monkeypatch.setattr(probing, "inside", watched)
+    predict(telling(spots()), rungs_of(spots())[rung], quick)
+    assert set(asked) == {"left-out donor"}
 
 
 def test_features_of_a_tower_that_is_fitted_in_each_fold():
@@ -203,7 +209,7 @@ def test_one_row_per_labelled_spot():
     assert (joined["donor"].to_numpy() == predictions["donor"]).all()
     assert predictions["confidence"].between(1 / 3, 1).all()
     assert set(predictions["setting"]) <= set(PENALTIES)
-    assert predictions["block"].nunique() == 8 * len(SLIDES)
+    assert predictions["block"].nunique() == 8 * len({group for _, group in SLIDES.values()})
 
 
 def test_unlabelled_spots_change_nothing():
@@ -240,7 +246,7 @@ def test_the_path_ends_where_a_fresh_start_does():
         apart = np.abs(
             fresh.predict_proba(StandardScaler().fit_transform(x)) - model.predict_proba(x)
         )
-        assert apart.max() < 0.02
+        assert apart.max() < 0.05
 
 
 def test_classes_are_balanced():
@@ -254,6 +260,15 @@ def test_classes_are_balanced():
         predicted = predict(telling(table), random_spots(table), predictor).set_index("spot")
         share[name] = (predicted.loc[rare, "predicted"] == "inner").mean()
     assert share["balanced"] > share["plain"] + 0.2
+
+
+def test_scaled_by_slide():
+    table, x = spots().sample(frac=1, random_state=0), telling(spots())
+    x[:, 2] = 7
+    scaled = pd.DataFrame(scale_by_slide(x, table)).groupby(table["slide"].to_numpy())
+    np.testing.assert_allclose(scaled.mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(scaled.std(ddof=0).iloc[:, [0, 1, 3]], 1, rtol=1e-4)
+    assert x[0, 2] == 7  # a copy
 
 
 # --------------------------------------------------------------------------- baselines
@@ -333,8 +348,8 @@ def test_training_too_small_to_be_split(caplog):
     """One small section is left: the buffer takes all of it."""
     table = spots(side=3, slides={"A1": ("A", "A"), "B1": ("B", "B")})
     predictions = predict(telling(table), left_out(table, um_per_px=SCALES))
-    assert set(predictions["setting"]) == {1.0}
-    assert "too small to be split to choose a penalty: the middle one, 1, is used" in caplog.text
+    assert set(predictions["setting"]) == {0.01}
+    assert "too small to be split to choose a penalty: the middle one, 0.01, is used" in caplog.text
 
 
 def test_a_class_in_one_fold_only_counts_as_wrong():
@@ -436,18 +451,17 @@ def test_counts_by_cluster_add_up():
     np.testing.assert_array_equal(parts.sum(0), whole)
 
 
-def test_the_bootstrap_is_the_one_that_repeats_rows():
-    """Against the slow way: draw clusters, repeat their rows, ask scikit-learn."""
-    table = made(clusters=5, each=8)
-    fast = score(table, n_boot=60, seed=7)
-    rng, slow = np.random.default_rng(7), []
-    for counts in rng.multinomial(5, np.full(5, 0.2), 60):
-        rows = table.loc[table.index.repeat(counts[table["block"]])]
-        there = np.unique(rows["truth"])
-        slow.append(f1_score(rows["truth"], rows["predicted"], labels=there, average="macro"))
-    low, high = np.quantile(slow, [0.025, 0.975])
-    assert fast["low"][0] == pytest.approx(low)
-    assert fast["high"][0] == pytest.approx(high)
+def test_the_interval_is_the_one_made_by_hand():
+    """Leave each cluster out, ask scikit-learn, and take the spread on the logit scale."""
+    table = made(clusters=7, each=20)
+    left = [table[table["block"] != block] for block in range(7)]
+    scores = [f1_score(part["truth"], part["predicted"], average="macro") for part in left]
+    whole = f1_score(table["truth"], table["predicted"], average="macro")
+    spread = logit(scores) - np.mean(logit(scores))
+    reach = student_t.ppf(0.975, 6) * np.sqrt(6 / 7 * (spread**2).sum())
+    found = score(table).iloc[0]
+    assert found["low"] == pytest.approx(expit(logit(whole) - reach))
+    assert found["high"] == pytest.approx(expit(logit(whole) + reach))
 
 
 def test_an_interval_over_spots_would_be_too_narrow():
@@ -457,45 +471,82 @@ def test_an_interval_over_spots_would_be_too_narrow():
     assert (wide["high"] - wide["low"])[0] > 2 * (narrow["high"] - narrow["low"])[0]
 
 
-def test_the_interval_covers_the_truth():
-    """With 20 clusters, about 19 of 20 intervals hold the score of all clusters there could be."""
-    rng, held = np.random.default_rng(0), 0
-    for seed in range(100):
-        rate = rng.uniform(0.4, 0.8, 20).repeat(30)
-        truth = rng.choice(["a", "b"], 600)
-        other = np.where(truth == "a", "b", "a")
-        said = np.where(rng.uniform(size=600) < rate, truth, other)
-        block = np.arange(20).repeat(30)
-        rows = score(pd.DataFrame({"truth": truth, "predicted": said, "block": block}), seed=seed,
-                     n_boot=400)  # fmt: skip
-        held += rows["low"][1] <= 0.6 <= rows["high"][1]  # balanced accuracy is the mean rate
-    assert 85 <= held <= 99
+def study(rng: np.random.Generator, clusters: int, shares: np.ndarray) -> tuple[pd.DataFrame, ...]:
+    """Two models on one study: clusters differ in their classes and in how hard they are."""
+    mix = rng.dirichlet(2 * shares, clusters).repeat(24, axis=0)
+    truth = (mix.cumsum(axis=1) < rng.uniform(size=(len(mix), 1))).sum(axis=1)
+    hard = rng.normal(0, 0.8, clusters)
+    block, tables = np.arange(clusters).repeat(24), []
+    for skill in (1.0, 0.5):
+        right = expit(skill - hard + rng.normal(0, 0.3, clusters))[block]
+        wrong = (truth + rng.integers(1, len(shares), len(truth))) % len(shares)
+        said = np.where(rng.uniform(size=len(truth)) < right, truth, wrong)
+        spot = np.arange(len(truth))
+        tables.append(pd.DataFrame({"truth": truth.astype(str), "predicted": said.astype(str),
+                                    "block": block, "slide": "s", "spot": spot}))  # fmt: skip
+    return tuple(tables)
+
+
+@pytest.mark.parametrize("clusters", [8, 24, 64])
+@pytest.mark.parametrize("rarest", [0.2, 0.03], ids=["balanced", "a class of 3 %"])
+def test_intervals_cover_the_truth(clusters, rarest):
+    """At the numbers of pieces that the studies have: 8 on her2st, 24 on mob, 96 on dlpfc."""
+    shares = np.array([rarest, *[(1 - rarest) / 4] * 4])
+    one, two = study(np.random.default_rng(1), 8000, shares)
+    true = score(one)["value"]
+    true_gap = difference(one, two)["value"]
+    rng, held, asked = np.random.default_rng(2), np.zeros(4), 0
+    while asked < 200:
+        first, second = study(rng, clusters, shares)
+        rows, gap = score(first), difference(first, second)
+        if rows["note"].any():
+            continue  # of 8 pieces, often a single one holds the rare class
+        asked += 1
+        for i, (table, value) in enumerate(((rows, true), (gap, true_gap))):
+            held[2 * i : 2 * i + 2] += (table["low"] <= value) & (value <= table["high"])
+    assert (held / asked >= 0.90).all()
+    assert (held / asked <= 0.98).all()
+
+
+def test_a_class_in_a_single_cluster_has_no_interval():
+    table = made()
+    table.loc[table["block"] == 3, "truth"] = "d"
+    rows = score(table)
+    assert rows[["low", "high"]].isna().all(axis=None)
+    assert set(rows["note"]) == {"a class lies in a single block: no interval"}
+
+
+def test_a_perfect_score_has_no_interval():
+    rows = score(made().assign(predicted=lambda t: t["truth"]))
+    assert rows["value"].tolist() == [1, 1]
+    assert rows["low"].isna().all()
+    assert set(rows["note"]) == {"a score of 0 or 1 has no spread: no interval"}
 
 
 def test_a_tidy_table():
     table = score(made(), each="fold")
     assert list(table) == ["fold", "measure", "value", "low", "high", "n", "classes", "over",
-                           "clusters"]  # fmt: skip
+                           "clusters", "note"]  # fmt: skip
     assert len(table) == 4 * 2
     one = made()
     one = one[one["fold"] == 2]
     np.testing.assert_allclose(table[table["fold"] == 2]["value"], score(one)["value"])
 
 
-def test_the_level_and_the_seed_of_an_interval():
-    table = made()
-    wide, narrow = score(table, level=0.99), score(table, level=0.5)
+def test_the_level_of_an_interval():
+    wide, narrow = score(made(), level=0.99), score(made(), level=0.5)
     assert (wide["low"] < narrow["low"]).all()
     assert (narrow["high"] < wide["high"]).all()
-    pd.testing.assert_frame_equal(score(table, seed=3), score(table, seed=3))
-    assert (score(table, seed=3)["low"] != score(table, seed=4)["low"]).any()
 
 
-def test_a_single_cluster_has_no_interval():
-    table = score(made().assign(donor="A"), over="donor")
-    assert table["low"].isna().all()
-    assert table["high"].isna().all()
-    assert table["clusters"].tolist() == [1, 1]
+@pytest.mark.parametrize("donors", [1, 3, FEWEST - 1])
+def test_few_clusters_have_no_interval(donors):
+    table = made().assign(donor=lambda t: t["block"] % donors)
+    rows = score(table, over="donor")
+    assert rows[["low", "high"]].isna().all(axis=None)
+    several = "s" if donors > 1 else ""
+    assert set(rows["note"]) == {f"{donors} donor{several}: too few for an interval"}
+    assert score(made().assign(donor=lambda t: t["block"] % FEWEST), "donor")["low"].notna().all()
 
 
 def test_a_difference_is_paired():
@@ -510,6 +561,18 @@ def test_a_difference_is_paired():
     assert (gap["high"] - gap["low"])[0] < (alone["high"] - alone["low"])[0] / 3
     np.testing.assert_allclose(gap["value"], gap["first"] - gap["second"])
     np.testing.assert_allclose(gap["first"], alone["value"])
+
+
+def test_a_difference_of_differences():
+    tables = [made(seed=i).assign(truth=made()["truth"]) for i in range(4)]
+    gains = difference(tuple(tables[:2]), tuple(tables[2:]))
+    one, two = difference(*tables[:2]), difference(*tables[2:])
+    np.testing.assert_allclose(gains["value"], one["value"] - two["value"])
+    np.testing.assert_allclose(gains["first"], one["value"])
+    np.testing.assert_allclose(gains["second"], two["value"])
+    assert gains["low"].notna().all()
+    same = difference(tuple(tables[:2]), tuple(tables[:2]))
+    assert (same[["value", "low", "high"]] == 0).all(axis=None)
 
 
 def test_a_difference_joins_by_spot_whatever_the_order():

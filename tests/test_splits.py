@@ -15,6 +15,7 @@ from helpers.slides import spot_table
 from helpers.splits import (
     Splits,
     blocks,
+    inside,
     ladder,
     left_out,
     parts,
@@ -194,21 +195,15 @@ def test_stricter_rungs_train_on_less_that_is_related():
         assert any(set(donor[f.train]) & set(donor[f.test]) for f in folds) == own_donor
 
 
-def test_inside_a_fold_spots_are_split_as_outside():
-    rungs = ladder(spots(), SCALES)
-    for name, expected in {
-        "random spots": "random spots",
-        "spatial blocks": "spatial blocks",
-        "left-out donor": "left-out donor",
-    }.items():
-        splits = rungs[name]
-        part = splits.spots.iloc[splits.folds[0].train]
-        assert splits.within(part).name == expected
-    donors = rungs["left-out donor"]
-    of_c = donors.spots[donors.spots["donor"] == "C"]
-    assert donors.within(of_c).name == "left-out section"
-    of_c1 = donors.spots[donors.spots["slide"] == "C1"]
-    assert donors.within(of_c1).name == "spatial blocks"
+def test_a_training_part_is_split_by_the_largest_unit_it_has_two_of():
+    table = spot_table(spots(), SCALES)
+    assert inside(table).name == "left-out donor"
+    assert len(inside(table).folds) == 3
+    assert inside(table[table["donor"] == "C"]).name == "left-out section"
+    assert inside(table[table["slide"] == "C1"]).name == "spatial blocks"
+    many = pd.concat([table.assign(donor=f"D{i}", group=f"D{i}", slide=f"{i} " + table["slide"])
+                      for i in range(5)])  # fmt: skip
+    assert len(inside(many).folds) == 3  # at most, each of several donors
 
 
 def test_many_donors_are_dealt_into_few_folds():
@@ -238,10 +233,14 @@ def test_parts_are_compact_and_of_equal_size():
     assert sorted(set(parts(xy[:3], 7))) != []  # fewer points than parts: some are empty
 
 
-def test_blocks_have_the_name_of_their_slide():
-    name = blocks(spots(), 4)
-    assert name.nunique() == 24
-    assert (name.str.split(",").str[0] == spots()["slide"]).all()
+def test_adjacent_sections_share_their_blocks():
+    table = spots().sample(frac=1, random_state=0)
+    name = blocks(table, 4)
+    assert name.index.equals(table.index)
+    assert name.nunique() == 4 * 4  # pieces times groups
+    assert (name.str.split(",").str[0] == table["group"]).all()
+    assert name["A1_2x3"] == name["A2_2x3"]
+    assert name["C1_2x3"] != name["C2_2x3"]  # two groups of one donor
 
 
 # --------------------------------------------------------------------------- bad input

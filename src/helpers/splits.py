@@ -8,9 +8,8 @@ tissue that is farther away. Every split is a cross-validator of scikit-learn wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,14 +58,11 @@ class Splits:
         The table that was split, from `helpers.slides.spot_table`.
     folds
         All divisions.
-    within
-        Splits a part of the spots in the same way, to choose a setting inside a training part.
     """
 
     name: str
     spots: pd.DataFrame
     folds: tuple[Fold, ...]
-    within: Callable[[pd.DataFrame], Splits]
 
     def split(self, X=None, y=None, groups=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the row numbers of training and test; `y` and `groups` are ignored.
@@ -105,7 +101,7 @@ def random_spots(spots: Spots, n: int = 5, seed: int = 0) -> Splits:
         raise DataError(what, fix="ask for at least 2 folds, and at most one per spot")
     rows = KFold(n, shuffle=True, random_state=seed).split(table)
     folds = [Fold(f"spots {i} of {n}", *parts) for i, parts in enumerate(rows, start=1)]
-    return Splits("random spots", table, tuple(folds), partial(random_spots, n=INNER, seed=seed))
+    return Splits("random spots", table, tuple(folds))
 
 
 def spatial_blocks(
@@ -161,8 +157,7 @@ def spatial_blocks(
         test = np.isin(np.arange(len(table)), np.concatenate(rows))
         adjacent = group.isin(group[test]).to_numpy() & ~np.isin(slide, slide[test])
         folds.append(_fold(name, ~adjacent & ~_near(xy, slide, test, buffer_um), test))
-    within = partial(spatial_blocks, n=2, buffer_um=buffer_um, together=True, seed=seed)
-    return Splits("spatial blocks", table, tuple(folds), within)
+    return Splits("spatial blocks", table, tuple(folds))
 
 
 def left_out(
@@ -177,7 +172,7 @@ def left_out(
     ----------
     spots, um_per_px
         What `helpers.slides.spot_table` takes. The scale is needed where a training part has one
-        section, which must be cut into blocks to choose a setting.
+        section: `inside` cuts it into blocks.
     by
         ``"group"``, ``"donor"``, ``"study"`` or ``"slide"``.
     at_most
@@ -194,14 +189,24 @@ def left_out(
         test = unit.isin(held).to_numpy()
         folds.append(_fold(", ".join(held), ~group.isin(group[test]).to_numpy(), test))
     name = "left-out section" if by == "group" else f"left-out {by}"
-    return Splits(name, table, tuple(folds), partial(_inside, by=by))
+    return Splits(name, table, tuple(folds))
 
 
-def _inside(spots: pd.DataFrame, by: str) -> Splits:
-    """Split a training part by the same unit, or by the next smaller one that it has two of."""
-    order = ["study", "donor", "group"]
-    for unit in order[order.index(by) if by in order else 2 :]:
-        if unit in spots and units(spots, unit).nunique() > 1:
+def inside(spots: Spots) -> Splits:
+    """Split a training part once more, to choose a setting such as a penalty.
+
+    The rule is the same for every outer split: hold out a donor, or a group of adjacent sections
+    where one donor is left, or blocks where one group is left; at most `INNER` folds. So a setting
+    is always judged on tissue that is farther away than the next spot.
+
+    Parameters
+    ----------
+    spots
+        A training part of a table from `helpers.slides.spot_table`; the scale must be known where
+        it holds one group.
+    """
+    for unit in ("donor", "group"):
+        if units(spots, unit).nunique() > 1:
             return left_out(spots, unit, at_most=INNER)
     return spatial_blocks(spots, INNER, together=True)
 
@@ -297,10 +302,13 @@ def parts(xy: np.ndarray, n: int) -> np.ndarray:
 
 
 def blocks(spots: Spots, n: int = 8) -> pd.Series:
-    """Name the piece of tissue each spot lies in: `n` compact parts of equal size per slide."""
+    """Name the piece of tissue each spot lies in: `n` compact parts of equal size per slide.
+
+    The sections of a group share their pieces, since they show nearly the same tissue.
+    """
     table = spot_table(spots)
-    name = pd.Series(index=table.index, dtype=object)
-    for slide, rows in table.groupby("slide").indices.items():
-        at = parts(table[["x_px", "y_px"]].to_numpy()[rows], n)
-        name.iloc[rows] = [f"{slide}, block {i + 1}" for i in at]
-    return name
+    number = pd.Series(0, index=np.arange(len(table)))
+    for rows in table.groupby("slide").indices.values():
+        number.iloc[rows] = parts(table[["x_px", "y_px"]].to_numpy()[rows], n)
+    group = units(table, "group").astype(str)
+    return group + ", block " + (number + 1).astype(str).to_numpy()
