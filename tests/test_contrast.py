@@ -358,3 +358,11 @@ def test_loss_is_open_clips_and_knows_chance():
     torch.testing.assert_close(info_nce(image, other, torch.tensor(14.3)), expected)
     blind = torch.ones(50, 8) / 8**0.5
     assert info_nce(blind, other[:1].expand(50, -1), 10.0).item() == pytest.approx(math.log(50))
+
+
+def test_a_trained_tower_is_tuned_gently_and_a_random_one_trained_whole():
+    scratch, tuned = contrast.settings_for("mini", seed=3), contrast.settings_for("imagenet")
+    assert scratch == replace(BOOK, keep="last", seed=3)
+    assert tuned == replace(contrast.FINE_TUNING, keep="last")
+    assert tuned.train_blocks is not None
+    assert tuned.tower_lr < scratch.tower_lr

@@ -694,3 +694,15 @@ def test_colour_tells_layers_apart_on_real_tissue(real_root, monkeypatch) -> Non
         cv=LeaveOneGroupOut(),
     )
     assert 0.55 < f1_score(label, found, average="macro") < 0.65
+
+
+def test_the_colour_part_of_the_hand_made_features_does_not_see_where_pixels_lie() -> None:
+    rng = np.random.default_rng(0)
+    tile = rng.integers(0, 256, (1, 96, 96, 3), dtype=np.uint8)
+    tile[:, :, :48] //= 2
+    mixed = tile.reshape(1, -1, 3)[:, rng.permutation(96 * 96)].reshape(tile.shape)
+    one, two = (towers.embed(towers.load("colour"), some) for some in (tile, mixed))
+    part = towers.HAND_MADE
+    np.testing.assert_allclose(one[:, part["colour"]], two[:, part["colour"]], rtol=1e-4)
+    assert not np.isclose(one[:, part["texture"]], two[:, part["texture"]], rtol=1e-2).all()
+    assert sum(one[:, columns].shape[1] for columns in part.values()) == one.shape[1]

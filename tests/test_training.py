@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import contrast, genes, slides, splits, training
+from helpers import contrast, genes, slides, splits, towers, training
 from helpers.contrast import BOOK, PAPER, Pairs, Settings, TwoTowers
 from helpers.files import DataError
 from helpers.metrics import recall
@@ -245,6 +245,23 @@ def test_micro_batches_replay_dropout_in_the_image_tower():
     for first, second in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(first, second)
     assert not torch.equal(seen[0] == 0, seen[1] == 0)
+
+
+def test_frozen_batch_norms_allow_micro_batches():
+    """The statistics of a tower of `towers.load` stay as they are, so parts see what a whole sees."""
+    train, _ = study()
+    tower = towers.load("imagenet-random", size_px=32)
+    model = TwoTowers(tower, model_of().other, QUICK)
+    once = replace(QUICK, epochs=1, train_blocks=1)
+    whole, parts = (
+        fit(model, train, None, replace(once, micro_batch=n), cache=False).model for n in (None, 7)
+    )
+    moved = 0.0
+    for name, value in whole.state_dict().items():
+        if value.dtype.is_floating_point:
+            torch.testing.assert_close(parts.state_dict()[name], value, atol=2e-4, rtol=1e-3)
+            moved += float((value - model.state_dict()[name]).abs().sum())
+    assert moved > 0
 
 
 def test_batch_norm_and_micro_batches_are_refused():

@@ -447,6 +447,9 @@ class Settings:
 BOOK = Settings()
 """Settings of this book."""
 
+FINE_TUNING = replace(BOOK, epochs=10, tower_lr=0.1, train_blocks=2)
+"""For a tower that was trained before: its last two blocks alone, at a tenth of the rate."""
+
 CAPTION_SETTINGS = replace(BOOK, epochs=6, augment=0.1, keep="last")
 """Settings for captions: under a minute on two cores.
 
@@ -470,6 +473,21 @@ PAPER = Settings(
     keep="last",
 )
 """Settings of Chen et al. 2024, who set no seed."""
+
+
+def settings_for(tower: str, seed: int = 0) -> Settings:
+    """Return the settings of chapter 7 for a tower; without a validation donor, all its epochs.
+
+    Parameters
+    ----------
+    tower
+        A name that `helpers.towers.card` takes. A tower of random weights is trained whole (`BOOK`),
+        another one as `FINE_TUNING` says.
+    seed
+        Of heads, order, augmentation and dropout.
+    """
+    chosen = BOOK if tower in towers.UNTRAINED else FINE_TUNING
+    return replace(chosen, keep="last", seed=seed)
 
 
 # --------------------------------------------------------------------------- model and loss

@@ -589,6 +589,10 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
     return pixels
 
 
+HAND_MADE = {"colour": slice(0, 31), "texture": slice(31, 49)}
+"""The two parts of the features of `Colour`."""
+
+
 class Colour(nn.Module):
     """Colour and texture of a tile in 49 numbers: the baseline that learns nothing.
 

@@ -553,10 +553,10 @@ def _check(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: S
     if named is not None and train.panel is not None and tuple(named) != train.panel.genes:
         what = f"the gene tower and panel {train.panel.name!r} have different genes"
         raise DataError(what, fix="build GeneTower with panel.genes")
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.image.modules())
-    if normed and (settings.micro_batch or ranks()[1] > 1):
+    in_parts = settings.micro_batch or ranks()[1] > 1
+    if in_parts and _needs_whole_batches(model.image):
         what = "this image tower has batch norm, which must see a batch whole, not in parts"
-        fix = "set micro_batch=None in a single process, or take a tower with layer norm"
+        fix = "set micro_batch=None in a single process, or take a tower of towers.load"
         raise DataError(what, fix=fix)
     if validation is None:
         if settings.patience is not None:
@@ -567,6 +567,13 @@ def _check(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: S
     if len(validation) <= KS[-1]:
         what = f"{len(validation)} validation pairs are too few for recall@{KS[-1]}"
         raise DataError(what, fix="validate on more pairs, or on none")
+
+
+def _needs_whole_batches(tower: nn.Module) -> bool:
+    """Return whether a tower computes batch statistics; `towers.ImageTower` freezes its own."""
+    if isinstance(tower, towers.ImageTower):
+        return False
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.modules())
 
 
 def _key(model: TwoTowers, train: Pairs, validation: Pairs | None, settings: Settings) -> str:
