@@ -362,7 +362,7 @@ def test_loss_is_open_clips_and_knows_chance():
 
 def test_a_trained_tower_is_tuned_gently_and_a_random_one_trained_whole():
     scratch, tuned = contrast.settings_for("mini", seed=3), contrast.settings_for("imagenet")
-    assert scratch == replace(BOOK, keep="last", seed=3)
+    assert scratch == replace(contrast.BOOK, keep="last", seed=3)
     assert tuned == replace(contrast.FINE_TUNING, keep="last")
     assert tuned.train_blocks is not None
     assert tuned.tower_lr < scratch.tower_lr

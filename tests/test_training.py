@@ -248,7 +248,7 @@ def test_micro_batches_replay_dropout_in_the_image_tower():
 
 
 def test_frozen_batch_norms_allow_micro_batches():
-    """The statistics of a tower of `towers.load` stay as they are, so parts see what a whole sees."""
+    """The statistics of a tower of `towers.load` stay, so parts see what a whole batch sees."""
     train, _ = study()
     tower = towers.load("imagenet-random", size_px=32)
     model = TwoTowers(tower, model_of().other, QUICK)

@@ -481,8 +481,8 @@ def settings_for(tower: str, seed: int = 0) -> Settings:
     Parameters
     ----------
     tower
-        A name that `helpers.towers.card` takes. A tower of random weights is trained whole (`BOOK`),
-        another one as `FINE_TUNING` says.
+        A name that `helpers.towers.card` takes. A tower of random weights is trained whole
+        (`BOOK`), any other as `FINE_TUNING` says.
     seed
         Of heads, order, augmentation and dropout.
     """
