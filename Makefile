@@ -32,8 +32,8 @@ lint: .venv/installed  ## format and lint
 benchmarks: .venv/installed  ## measure the data layer again, into results/
 	@$(RUN) benchmarks/data.py
 
-results: .venv/installed  ## measure every split and tower again, into results/ (STUDY=mob make results)
-	@$(RUN) benchmarks/ladder.py $(STUDY)
+results: .venv/installed  ## measure the ladder of splits, into results/ (make results STUDY=mob; TOWER=name: that tower alone)
+	@$(RUN) benchmarks/ladder.py $(STUDY) $(if $(TOWER),--towers '$(TOWER)') $(ARGS)
 
 pins: .venv/installed  ## resolve requirements.txt again from pyproject.toml, keeping what still fits
 	@sh tools/pins.sh
