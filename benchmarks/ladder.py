@@ -421,28 +421,28 @@ def compact(report: dict) -> str:
     return f'{head.removesuffix("}").rstrip()},\n "rows": [\n  {lines}\n ]\n}}\n'
 
 
-def in_words(facts: dict) -> str:
-    """Describe a machine in a few words."""
-    return f"{facts['cores']} cores, {facts['processor']}"
+def stamp() -> dict[str, str]:
+    """Return when, from which commit and on what a row is measured, in few words."""
+    whole, facts = commit(), machine()
+    return {
+        "measured": datetime.date.today().isoformat(),
+        "commit": whole[:12] + "-changed" * whole.endswith("-changed"),
+        "machine": f"{facts['cores']} cores, {facts['processor']}",
+    }
 
 
 def write(out: Path, rows: list[dict]) -> None:
     """Put rows into the file."""
     old = json.loads(out.read_text())["rows"] if out.exists() else []
-    known = machine()
-    stamp = {
-        "measured": datetime.date.today().isoformat(),
-        "commit": commit()[:12] + "-changed" * commit().endswith("-changed"),
-        "machine": in_words(known),
-    }
+    when = stamp()
     report = {
         "what": "features on every rung of the ladder of splits; benchmarks/ladder.py",
-        "measured": stamp["measured"],
+        "measured": when["measured"],
         "commit": commit(),
-        "machine": known,
+        "machine": machine(),
         "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
         "settings": {"buffer_um": BUFFER_UM, "genes": N_GENES, "about": ABOUT},
-        "rows": merged(old, [clean(row | stamp) for row in rows]),
+        "rows": merged(old, [clean(row | when) for row in rows]),
     }
     with files.atomic(out) as temporary:
         temporary.write_text(compact(report))

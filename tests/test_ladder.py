@@ -15,7 +15,7 @@ import ladder
 from helpers import plots, probing, splits
 
 
-def table(donors: str = "ABC", side: int = 12) -> pd.DataFrame:
+def table(donors: str = "ABC", side: int = 9) -> pd.DataFrame:
     """Spots of one slide per donor, in a square, with labels in three bands and a few without."""
     x, y = (v.ravel() for v in np.meshgrid(np.arange(side), np.arange(side)))
     parts = []
@@ -99,8 +99,9 @@ def test_the_fixed_penalties_include_the_chosen_one(rungs):
     fixed = ladder.at_fixed_penalties(x, split)
     assert tuple(fixed) == probing.PENALTIES
     chosen = probing.predict(x, split)
-    for fold, part in chosen.groupby("fold"):
-        same = fixed[part["setting"].iloc[0]].query("fold == @fold")
+    for name, part in chosen.groupby("fold"):
+        same = fixed[part["setting"].iloc[0]]
+        same = same[same["fold"] == name]
         assert list(same["predicted"]) == list(part["predicted"])
     alone = probing.predict(x, split, partial(probing.logistic, alphas=(100.0,)))
     assert list(alone["predicted"]) == list(fixed[100.0]["predicted"])
