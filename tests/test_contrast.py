@@ -365,4 +365,4 @@ def test_a_trained_tower_is_tuned_gently_and_a_random_one_trained_whole():
     assert scratch == replace(contrast.BOOK, keep="last", seed=3)
     assert tuned == replace(contrast.FINE_TUNING, keep="last")
     assert tuned.train_blocks is not None
-    assert tuned.tower_lr < scratch.tower_lr
+    assert tuned.epochs < scratch.epochs
