@@ -400,7 +400,7 @@ def clean(value: object) -> object:
         return [clean(v) for v in value]
     if isinstance(value, float | np.floating):
         return round(float(value), 4) if math.isfinite(value) else None
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Compute the numbers, tables and pictures of the dataset page and of the study pages.
+"""Compute the numbers, tables and pictures of the dataset page, the study pages and the results.
 
 ``stage`` adds them to a staged copy of the book: numbers and tables as MyST substitutions in its
 ``_config.yml``, figures in its ``book/figures``. The totals come from the official table of slides
@@ -25,6 +25,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import results_page
 from helpers import catalog, files, images, plots, simulate, slides
 from notebooks import ROOT
 
@@ -391,6 +392,8 @@ def stage(folder: Path, built: str) -> None:
             f"{name}_slides": slides_table(study, found),
             f"{name}_pictures": figure_of(study, found),
         }
+    values |= results_page.stage(figures)
+    values["results_files"] = rows(results_page.FILES_HEAD, results_page.files_table(), "llrlll")
     path = folder / "_config.yml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["parse"]["myst_substitutions"] = values
