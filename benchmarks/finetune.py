@@ -47,7 +47,7 @@ PANELS = (
 """What the panel of the book was chosen from, with the first donor out of sight."""
 TUNED = "imagenet"
 START = {
-    "tower_lr": 0.1,
+    "tower_lr": 0.5,
     "epochs": 10,
     "train_blocks": 2,
     "augment": contrast.BOOK.augment,
@@ -57,7 +57,8 @@ START = {
 VARIANTS = {
     "start": {},
     "rate .02": {"tower_lr": 0.02},
-    "rate .5": {"tower_lr": 0.5},
+    "rate .1": {"tower_lr": 0.1},
+    "rate 1": {"tower_lr": 1.0},
     "5 epochs": {"epochs": 5},
     "20 epochs": {"epochs": 20},
     "last block": {"train_blocks": 1},
