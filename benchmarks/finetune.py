@@ -61,9 +61,7 @@ VARIANTS = {
     "rate 1": {"tower_lr": 1.0},
     "5 epochs": {"epochs": 5},
     "20 epochs": {"epochs": 20},
-    "last block": {"train_blocks": 1},
     "last 3 blocks": {"train_blocks": 3},
-    "all blocks": {"train_blocks": None},
     "no augmentation": {"augment": 0.0},
     "batches of one slide": {"same_slide": True},
 }
