@@ -153,9 +153,8 @@ def imported(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    own = {p.stem for f in ("tools", "tests", "src", "book") for p in (ROOT / f).rglob("*.py")} | {
-        "helpers"
-    }
+    folders = ("tools", "tests", "src", "book", "benchmarks")
+    own = {p.stem for f in folders for p in (ROOT / f).rglob("*.py")} | {"helpers"}
     return {
         canonicalize_name(INSTALLED_AS.get(n, n)) for n in found - own - sys.stdlib_module_names
     }
