@@ -68,7 +68,7 @@ def test_colab_has_what_the_bounds_ask_for() -> None:
 
 def test_the_book_can_be_installed_beside_what_colab_has() -> None:
     options = ("--python-version", "3.12", "--constraint", LIST, "--no-header", "--no-annotate")
-    done = uv("pip", "compile", ROOT / "pyproject.toml", *options)
+    done = uv("pip", "compile", ROOT / "pyproject.toml", "--extra", "imagenet", *options)
     if done.returncode and OFFLINE.search(done.stderr):
         pytest.skip("the package registry cannot be reached")
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ COLAB_GUARD = f"""import sys
 
 if "google.colab" in sys.modules:
     %pip list --format=freeze > preinstalled.txt
-    %pip install -q -c preinstalled.txt "stimage-book @ git+{REPOSITORY}\""""
+    %pip install -q -c preinstalled.txt "stimage-book[imagenet] @ git+{REPOSITORY}\""""
 FIRST_TAGS = ("colab", "imports", "parameters", "setup")
 LAST_HEADINGS = ("Key points", "Limits", "What is next", "References")
 MAX_LINES, MAX_IMPORT_LINES = 20, 15

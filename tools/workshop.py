@@ -27,7 +27,7 @@ COPIED = (
     *("LICENSE", "LICENSE-TEXT", "pyproject.toml", "requirements.txt"),
     *("src/helpers", "results", "tools/check_environment.py"),
 )
-PAGES = ("dataset", "failures", "setup", "teaching")  # linked from chapters, or for teachers
+PAGES = ("dataset", "failures", "results", "setup", "teaching")  # for links, and for teachers
 OPEN = ("CC", "MIT")  # how licences begin that let slides be passed on
 LIMIT_GB = 1.0  # of slides in a zip for participants, in 1e9 bytes
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", ".DS_Store", "checkpoint.pt")
