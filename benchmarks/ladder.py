@@ -289,15 +289,10 @@ def predict(study: Study, kind: Kind, rungs: Iterable[str]) -> Of:
             fixed = probing.predict_at(x, split)
         told["", rung] = Told(probing.predict(x, split, predictor), fixed)
         if kind.step not in UNSCALED and rung == DONOR:
-            told[SCALED, rung] = Told(probing.predict(scaled(x, study.spots), split))
+            told[SCALED, rung] = Told(
+                probing.predict(probing.scale_by_slide(x, study.spots), split)
+            )
     return told
-
-
-def scaled(x: probing.Features, spots: pd.DataFrame) -> probing.Features:
-    """Return features scaled by slide."""
-    if callable(x):
-        return lambda fold: probing.scale_by_slide(x(fold), spots)
-    return probing.scale_by_slide(x, spots)
 
 
 # --------------------------------------------------------------------------- rows

@@ -282,6 +282,8 @@ def test_scaled_by_slide():
     np.testing.assert_allclose(scaled.mean(), 0, atol=1e-5)
     np.testing.assert_allclose(scaled.std(ddof=0).iloc[:, [0, 1, 3]], 1, rtol=1e-4)
     assert x[0, 2] == 7  # a copy
+    of_fold = scale_by_slide(lambda fold: x, table)
+    np.testing.assert_array_equal(of_fold(None), scale_by_slide(x, table))
 
 
 # --------------------------------------------------------------------------- baselines

@@ -449,8 +449,7 @@ BOOK = Settings()
 FINE_TUNING = replace(BOOK, epochs=10, train_blocks=2)
 """For a tower that was trained before: its last two blocks alone, and fewer epochs.
 
-A fifth of this rate changed next to nothing on an animal that training had not seen
-(``results/finetune.json``, question *how to tune*).
+Lower rates scored less on validation donors (``results/finetune.json``, question *how to tune*).
 """
 
 CAPTION_SETTINGS = replace(BOOK, epochs=6, augment=0.1, keep="last")

@@ -376,7 +376,7 @@ def check_features(
     return x if x.dtype == np.float32 else x.astype(np.float64)
 
 
-def scale_by_slide(features: np.ndarray, spots: Spots) -> np.ndarray:
+def scale_by_slide(features: Features, spots: Spots) -> Features:
     """Bring every feature to mean 0 and variance 1 within each slide, without its labels.
 
     It removes what differs between slides as a whole: stain, scanner, and the share of each tissue.
@@ -384,14 +384,16 @@ def scale_by_slide(features: np.ndarray, spots: Spots) -> np.ndarray:
     Parameters
     ----------
     features
-        ``(n, d)``, one row per spot.
+        ``(n, d)``, one row per spot; or a function that returns them for a fold, as for `predict`.
     spots
         What `helpers.slides.spot_table` takes.
 
     Returns
     -------
-    float ``(n, d)``; a feature that is constant on a slide is 0 there.
+    float ``(n, d)``, or a function of the fold; a feature that is constant on a slide is 0 there.
     """
+    if callable(features):
+        return lambda fold: scale_by_slide(features(fold), spots)
     table = spot_table(spots)
     scaled = check_features(features, table).copy()
     for rows in table.groupby("slide").indices.values():
