@@ -638,8 +638,17 @@ def test_damaged_weights_in_the_package_are_refused(damage, tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_another_efficientnet_is_refused() -> None:
-    with pytest.raises(DataError, match="do not have the shapes of EfficientNet-Lite0"):
+    with pytest.raises(DataError, match=r"_blocks\.16\._bn1\.weight, which Eff"):
         towers.convert_efficientnet({"_blocks.16._bn1.weight": torch.ones(1)})
+
+
+def test_the_order_in_a_checkpoint_does_not_matter() -> None:
+    file = towers.find_weights(towers.card("imagenet"), True, None)
+    state = torch.load(file, weights_only=True)
+    one = towers.convert_efficientnet(state)
+    other = towers.convert_efficientnet(dict(reversed(state.items())))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 # --------------------------------------------------------------------------- colour

@@ -470,22 +470,50 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
+_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of EfficientNet-B0 and Lite0
+_IN_STAGE = {  # the first stage does not expand, so its names are shifted by one
+    True: {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+    False: {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    },
+}
+_AROUND = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+
+
 def convert_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of an EfficientNet-Lite0 of efficientnet_pytorch to those of timm.
-
-    Both packages list the same weights in the same order.
 
     Raises
     ------
     DataError
-        When the weights are not those of EfficientNet-Lite0.
+        When a name is unknown.
     """
-    with torch.device("meta"):  # the shape of the network, without its weights
-        places = timm.create_model("tf_efficientnet_lite0").state_dict()
-    if [value.shape for value in state.values()] != [place.shape for place in places.values()]:
-        what = "the weights of this checkpoint do not have the shapes of EfficientNet-Lite0"
-        raise DataError(what, fix="convert only weights of EfficientNet-Lite0")
-    return {name: value.contiguous() for name, value in zip(places, state.values(), strict=True)}
+    places = [f"blocks.{stage}.{i}" for stage, n in enumerate(_STAGES) for i in range(n)]
+    new = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        try:
+            if parts[0] == "_blocks":
+                place = places[int(parts[1])]
+                renamed = [place, _IN_STAGE[place == places[0]][parts[2]], *parts[3:]]
+            else:
+                renamed = [_AROUND[parts[0]], *parts[1:]]
+        except (KeyError, ValueError, IndexError) as error:
+            what = f"this checkpoint has {name}, which EfficientNet-Lite0 has no place for"
+            raise DataError(what, fix="convert only weights of EfficientNet-Lite0") from error
+        new[".".join(renamed)] = value.contiguous()
+    return new
 
 
 _CONVERT = {
