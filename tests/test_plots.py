@@ -48,6 +48,12 @@ def test_tissue_has_one_scale_bar(adata):
     assert len(bars(plots.tissue(adata))) == 1
 
 
+def test_two_slides_in_one_are_not_drawn_as_one(adata):
+    adata.uns["spatial"]["other"] = next(iter(adata.uns["spatial"].values()))
+    with pytest.raises(DataError, match="holds 2 slides.*give one slide at a time"):
+        plots.tissue(adata)
+
+
 def test_close_up_has_a_scale_bar_of_a_fifth_of_its_side(adata):
     (bar,) = bars(plots.close_up(adata, (120, 130), 500))
     assert (bar.fixed_value, bar.fixed_units) == (100, "um")

@@ -106,11 +106,12 @@ def tissue(adata: ad.AnnData, *, ax: Axes | None = None, alpha: float = 1.0) -> 
     alpha
         Below 1 the image is pale, so that what is drawn over it stands out.
     """
-    (known,) = adata.uns["spatial"].values()
+    um_per_px = slides.um_per_px(adata)  # refuses several slides in one
+    known = next(iter(adata.uns["spatial"].values()))
     ax = ax or plt.subplots(figsize=(4.5, 4.5))[1]
     width, height = known["metadata"]["width_px"], known["metadata"]["height_px"]
     ax.imshow(known["images"]["hires"], extent=(0, width, height, 0), alpha=alpha)
-    scale_bar(ax, slides.um_per_px(adata))
+    scale_bar(ax, um_per_px)
     return _bare(ax)
 
 
