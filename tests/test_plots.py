@@ -50,7 +50,7 @@ def test_tissue_has_one_scale_bar(adata):
 
 def test_two_slides_in_one_are_not_drawn_as_one(adata):
     adata.uns["spatial"]["other"] = next(iter(adata.uns["spatial"].values()))
-    with pytest.raises(DataError, match="holds 2 slides.*give one slide at a time"):
+    with pytest.raises(DataError, match=r"holds 2 slides.*give one slide at a time"):
         plots.tissue(adata)
 
 
